@@ -1,0 +1,214 @@
+"""The command line: parse, call the driver or an analysis, set the exit code.
+
+Exit codes: 0 done, 1 the run failed or is incomplete, 2 the user's input is wrong. With `--json` the last line on stdout is
+one JSON object; logs and progress go to stderr. Torch and ray are loaded only by the commands that need them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from pipeline import config
+from pipeline.errors import ConfigError, PipelineError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help="Turn images into embeddings with a frozen model: plan, extract, merge, probe.",
+)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file with the config.")]
+OutputUrl = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or URL of a dataset.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line on stdout.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field of the config.")]
+
+
+@app.command()
+def run(
+    path: ConfigPath,
+    overrides: Overrides = None,
+    allow_removals: Annotated[
+        bool, typer.Option("--allow-removals", help="Commit even if more than run.max_removed of the rows vanish.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bring the dataset up to date and train the probe. Doing it again does nothing.
+
+    Example: pipeline run configs/quickstart.yaml
+    """
+    with _reporting(as_json) as report:
+        settings = config.load(path, overrides or [])
+        from pipeline import driver
+        from pipeline.report import terminal
+
+        with terminal.Watch() as watch:
+            try:
+                report |= driver.run(settings, allow_removals=allow_removals, observer=watch).as_json()
+            except PipelineError as error:
+                summary = getattr(error, "summary", None)
+                report |= summary.as_json() if summary is not None else {}
+                if summary is not None and not as_json:
+                    terminal.show_run(report)
+                raise
+        if not as_json:
+            terminal.show_run(report)
+
+
+@app.command()
+def plan(path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show what a run would do. Changes nothing.
+
+    Example: pipeline plan configs/quickstart.yaml --set run.batch_size=64
+    """
+    with _reporting(as_json) as report:
+        settings = config.load(path, overrides or [])
+        from pipeline import driver
+        from pipeline.report import terminal
+        from pipeline.storage import Store
+
+        table, todo = driver.make_plan(settings)
+        rate = next((r["bytes_per_second"] for r in driver.runs(Store(settings.output.storage), settings.output.url)
+                     if r.get("bytes_per_second")), None)  # fmt: skip
+        report |= {
+            "output": settings.output.url,
+            "version": table.version if table is not None else None,
+            "shards": {
+                "total": todo.num_shards,
+                "extract": len(todo.extract),
+                "new": todo.num_new,
+                "changed": len(todo.replaced),
+                "adopt": len(todo.adopt),
+                "unchanged": len(todo.unchanged),
+                "removed": len(todo.removed),
+            },
+            "bytes": todo.num_bytes,
+            "reasons": todo.reasons,
+            "estimated_seconds": round(todo.num_bytes / rate, 1) if rate else None,
+        }
+        if not as_json:
+            estimate = terminal.duration(todo.num_bytes / rate) if rate else "not known before a first run"
+            rows = [("shards", terminal.plan_line(todo).removeprefix("Plan: ")), ("time", f"about {estimate}")]
+            terminal.show_pairs([("dataset", _version_text(settings.output.url, report["version"])), *rows])
+
+
+@app.command()
+def status(
+    url: OutputUrl,
+    endpoint_url: Annotated[str | None, typer.Option(help="Endpoint of an S3-compatible store.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show version, rows, recipe, quarantine and the last runs of a dataset.
+
+    Example: pipeline status data/embeddings
+    """
+    with _reporting(as_json) as report:
+        import collections
+
+        from pipeline import driver
+        from pipeline.dataset.read import Dataset
+        from pipeline.dataset.table import Table
+        from pipeline.storage import Store
+
+        store = Store(config.Storage(endpoint_url=endpoint_url))
+        table = Table.open(store, url)
+        last_runs = driver.runs(store, url)
+        if table is None and not last_runs:
+            raise ConfigError(f"{url}: there is no dataset here; `pipeline run` makes one")
+        quarantine = Dataset(table).quarantine() if table is not None else []
+        reasons = collections.Counter(f"{row.stage}: {row.error}" for row in quarantine)
+        report |= {
+            "output": url,
+            "version": table.version if table is not None else None,
+            "rows": table.num_rows if table is not None else 0,
+            "shards": len(table.entries) if table is not None else 0,
+            "nodes": table.widths if table is not None else {},
+            "recipe": table.recipe_fields if table is not None else None,
+            "quarantined": len(quarantine),
+            "quarantine_reasons": dict(reasons.most_common(10)),
+            "runs": [{name: each[name] for name in ("run_id", "finished", "version", "committed", "images", "seconds", "error")}
+                     for each in last_runs[:5]],
+        }  # fmt: skip
+        if not as_json:
+            _show_status(report, quarantine[:3])
+
+
+@app.command()
+def demo(folder: Annotated[str, typer.Argument(metavar="DIR", help="Where to write.")], as_json: AsJson = False) -> None:
+    """Write a small real labelled dataset (1,797 handwritten digits) as shards, to try everything on.
+
+    Example: pipeline demo data/digits
+    """
+    with _reporting(as_json) as report:
+        from pipeline.demo import write_digits
+
+        num_images, num_shards = write_digits(folder)
+        report |= {"folder": folder, "images": num_images, "shards": num_shards}
+        if not as_json:
+            typer.echo(f"{num_images:,} labelled images in {num_shards} shards: {folder}")
+
+
+@app.command()
+def schema(as_json: AsJson = False) -> None:
+    """Print the JSON schema of a config file, for editors.
+
+    Example: pipeline schema > config.schema.json
+    """
+    typer.echo(json.dumps(config.json_schema(), indent=None if as_json else 2))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    sys.path.insert(0, "")  # python/module:function finds modules of the working directory, as `python -m` would
+    app()
+
+
+@contextlib.contextmanager
+def _reporting(as_json: bool) -> Iterator[dict[str, Any]]:
+    """Collects what a command reports; prints it at the end, turns errors into a line and an exit code."""
+    report: dict[str, Any] = {}
+    code = 0
+    try:
+        yield report
+    except PipelineError as error:
+        typer.echo(f"error: {error}", err=True)
+        report["error"] = str(error)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        typer.echo("interrupted; what was finished is kept for the next run", err=True)
+        report["error"] = "interrupted"
+        code = 1
+    if as_json:
+        typer.echo(json.dumps(report, ensure_ascii=False, default=str))
+    if code:
+        raise typer.Exit(code)
+
+
+def _version_text(url: str, version: int | None) -> str:
+    return f"{url}  {'no version yet' if version is None else f'version {version}'}"
+
+
+def _show_status(report: dict[str, Any], examples: list[Any]) -> None:
+    from pipeline.report import terminal
+
+    rows = [("dataset", _version_text(report["output"], report["version"]))]
+    rows.append(("rows", f"{report['rows']:,} from {report['shards']:,} shards"))
+    rows += [("column", f"{name}: {width} x float32") for name, width in report["nodes"].items()]
+    if report["recipe"]:
+        recipe = report["recipe"]
+        rows.append(("recipe", f"{recipe['model']}, weights {recipe['weights']}, {recipe['precision']}"))
+    rows.append(("quarantined", f"{report['quarantined']:,}"))
+    rows += [("", f"{count:,} x {reason}") for reason, count in report["quarantine_reasons"].items()]
+    rows += [("", f"{row.shard} {row.key}: {row.message}") for row in examples]
+    for each in report["runs"]:
+        outcome = each["error"] or f"{each['images']['embedded']:,} embedded, {each['images']['quarantined']:,} quarantined"
+        rows.append(("run", f"{each['finished']}  {outcome}, {terminal.duration(each['seconds'])}"))
+    terminal.show_pairs(rows)

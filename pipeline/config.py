@@ -1,0 +1,417 @@
+"""The YAML file as pydantic models, and its JSON schema.
+
+A file has the sections `source`, `backbone`, `decode`, `output`, `run` and `probe`. Unknown keys are refused. A wrong value
+raises `ConfigError` with one line a field: the field, the value, what is allowed. Nothing here touches storage or a model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import ConfigError, nearest
+
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+Normalize = Literal["none", "l2"]
+Pool = Literal["none", "mean", "cls"]
+FormatName = Literal["webdataset", "parquet", "files"]
+ColumnType = Literal["string", "int64", "float64", "bool"]
+
+RESERVED_COLUMNS = frozenset({"key", "label", "shard", "index", "url", "offset", "nbytes", "content_hash", "width", "height"})
+"""Column names of every dataset, not free for nodes and carried columns."""
+
+_COLUMN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys refused, values immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Storage(Section):
+    """How to reach an object store. Credentials come from the environment, a profile or the instance; what is given in
+    `options` goes to the fsspec filesystem and is never saved or logged."""
+
+    endpoint_url: str | None = None
+    """Endpoint of an S3-compatible store; the environment's or AWS's own when left out."""
+    profile: str | None = None
+    """Profile of the shared AWS credentials file."""
+    anonymous: bool = False
+    """Read a public bucket without credentials."""
+    options: dict[str, Any] = Field(default_factory=dict, repr=False)
+    """Keyword arguments of the fsspec filesystem."""
+
+
+class Source(Section):
+    """Where the images come from."""
+
+    url: str | list[str]
+    """A file, folder or glob at any fsspec URL, or a list of them."""
+    format: FormatName | Literal["auto"] = "auto"
+    """Guessed from the URLs' endings when `auto`: .tar is webdataset, .parquet is parquet, anything else files."""
+    label: str | None = None
+    """A tar sibling's extension (`cls`, `json.category`), a Parquet column, or `folder`. No label when left out."""
+    label_type: ColumnType | None = None
+    """Type of the label column; default int64 for the sibling `cls`, a Parquet column's own type, otherwise string."""
+    columns: list[str] | None = None
+    """What to carry along: tar siblings (`txt`, `json`, `json.width`) or Parquet columns. Default: `txt` and `json` of a
+    tar, nothing otherwise."""
+    image: str | None = None
+    """Extension of the image in a tar (default: any image extension) or name of the Parquet column (default: the only one
+    that holds binary or `{bytes, path}`)."""
+    key: str | None = None
+    """Parquet column with the sample's key; the row number when left out."""
+    group_size: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    """Loose files: mean number of files in a shard."""
+    max_pixels: Annotated[int, Field(ge=1, le=2**31 - 1)] = 100_000_000
+    """An image whose header claims more pixels is quarantined before anything is decoded."""
+    storage: Storage = Storage()
+
+    @property
+    def urls(self) -> list[str]:
+        """The URLs as a list."""
+        return [self.url] if isinstance(self.url, str) else self.url
+
+    @field_validator("url")
+    @classmethod
+    def _not_empty(cls, url: str | list[str]) -> str | list[str]:
+        urls = [url] if isinstance(url, str) else url
+        if not urls or not all(u.strip() for u in urls):
+            raise ValueError("give a URL, a glob or a list of them")
+        for u in urls:
+            _refuse_credentials(u)
+        return url
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: list[str] | None) -> list[str] | None:
+        names = [c.rpartition(".")[2] for c in columns or []]
+        for name in names:
+            if not _COLUMN_NAME.fullmatch(name) or name in RESERVED_COLUMNS:
+                raise ValueError(f"{name!r} cannot name a column; letters, digits and _, and not {_list(RESERVED_COLUMNS)}")
+            if names.count(name) > 1:
+                raise ValueError(f"{name!r} appears twice")
+        return columns
+
+
+class Node(Section):
+    """One named point of the backbone's graph, and the column that it fills."""
+
+    node: str
+    """Name in the graph, as `torchvision.models.feature_extraction.get_graph_node_names` lists them."""
+    pool: Pool = "none"
+    """`none` flattens; `mean` averages over space (B, C, H, W) or tokens (B, T, C); `cls` takes the first token."""
+    normalize: Normalize = "none"
+    """`l2` divides by the Euclidean norm: inner product becomes cosine similarity."""
+
+
+class Preprocess(Section):
+    """How a decoded image becomes the model's input. Given only where model and weights do not say it themselves."""
+
+    resize: Annotated[int, Field(ge=1, le=4096)] = 256
+    """Length in pixels that the shorter side is resized to."""
+    crop: Annotated[int, Field(ge=1, le=4096)] = 224
+    """Side in pixels of the square taken from the centre."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Subtracted per channel from values in [0, 1]."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Divided by per channel after the mean was subtracted."""
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> Preprocess:
+        if self.crop > self.resize:
+            raise ValueError(f"crop {self.crop} is larger than resize {self.resize}")
+        if not all(s > 0 for s in self.std):
+            raise ValueError("std must be positive")
+        return self
+
+
+class Backbone(Section):
+    """The frozen model."""
+
+    model: str
+    """`torchvision/NAME`, `timm/NAME` or `python/module:function` (which runs that function: only your own code)."""
+    weights: str
+    """A member of the model's torchvision weights enum, the URL of a .safetensors or .pth file, `package:MODULE/FILE` for
+    a file inside an installed package, `pretrained` for timm's own, `builtin` for what the function returns, or `seed:N`
+    for random ones."""
+    nodes: dict[str, Node]
+    """Column name to node."""
+    preprocess: Preprocess | None = None
+    """Overrides what the weights or the model say; needed by none of torchvision's and timm's pretrained models."""
+    version: str = ""
+    """Part of the recipe. Change it when your own model's code changes what it computes under the same weights."""
+
+    @field_validator("model")
+    @classmethod
+    def _provider(cls, model: str) -> str:
+        provider, _, name = model.partition("/")
+        if provider not in {"torchvision", "timm", "python"} or not name:
+            raise ValueError("allowed are torchvision/NAME, timm/NAME, python/module:function")
+        if provider == "python" and not re.fullmatch(r"[\w.]+:\w+", name):
+            raise ValueError("python models are given as python/module:function")
+        return model
+
+    @field_validator("weights")
+    @classmethod
+    def _weights(cls, weights: str) -> str:
+        if weights.startswith("seed:") and not re.fullmatch(r"seed:\d{1,9}", weights):
+            raise ValueError("a seed is given as seed:N with N from 0 to 999999999")
+        if weights in {"", "DEFAULT"}:
+            raise ValueError("name the weights themselves, for example IMAGENET1K_V2: DEFAULT changes with the library")
+        _refuse_credentials(weights)
+        return weights
+
+    @field_validator("nodes")
+    @classmethod
+    def _columns(cls, nodes: dict[str, Node]) -> dict[str, Node]:
+        if not nodes:
+            raise ValueError("name at least one node, for example embedding: {node: flatten}")
+        for column in nodes:
+            if not _COLUMN_NAME.fullmatch(column) or column in RESERVED_COLUMNS:
+                raise ValueError(f"{column!r} cannot name a column; letters, digits and _, and not {_list(RESERVED_COLUMNS)}")
+        return nodes
+
+
+class Output(Section):
+    """Where the dataset lies."""
+
+    url: str
+    """A folder at any fsspec URL; it is made when it does not exist."""
+    storage: Storage = Storage()
+
+    @field_validator("url")
+    @classmethod
+    def _plain(cls, url: str) -> str:
+        if not url.strip():
+            raise ValueError("give the folder of the dataset")
+        _refuse_credentials(url)
+        return url
+
+
+class Run(Section):
+    """How the work is done. Nothing but `precision` changes an embedding."""
+
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Actors: one per GPU of the cluster, else one per CPU node."""
+    precision: Precision = "float32"
+    """Arithmetic of the forward pass, part of the recipe. Half precisions are stored rounded to float16 values."""
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] | Literal["auto"] = "auto"
+    """Images in one forward pass; every pass has this size, padded."""
+    threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
+    """Worker threads of one actor: its share of the node's cores."""
+    num_gpus: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
+    """Share of a GPU that one actor takes; `auto` is a whole one where the cluster has GPUs."""
+    max_failed: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of the samples read in this run that may be quarantined; ten always may."""
+    max_removed: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Share of the dataset's rows that may vanish in one run without --allow-removals."""
+    max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    """How often a shard is tried before it counts as failed."""
+
+
+class Probe(Section):
+    """A linear classifier on the frozen embeddings."""
+
+    label: str = "label"
+    """Column of the dataset with the class."""
+    node: str | None = None
+    """Embedding column; the first one when left out."""
+    standardize: bool = True
+    """Subtract the train mean and divide by the train deviation, per feature."""
+    validation: Annotated[float, Field(gt=0, lt=0.5)] = 0.15
+    """Share of the content hashes that C is chosen on."""
+    test: Annotated[float, Field(gt=0, lt=0.5)] = 0.15
+    """Share of the content hashes that the final model is scored on, once."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Changes the split."""
+
+
+class Config(Section):
+    """A whole config file."""
+
+    source: Source
+    backbone: Backbone
+    decode: Literal["exact", "fast"] = "exact"
+    """`exact`: the picture that the weights' own preset gives. `fast`: large JPEGs are decoded at a reduced scale that
+    keeps at least twice the target."""
+    output: Output
+    run: Run = Run()
+    probe: Probe | None = None
+
+    @model_validator(mode="after")
+    def _columns_are_unique(self) -> Config:
+        carried = {c.rpartition(".")[2] for c in self.source.columns or ["txt", "json"]}
+        for column in self.backbone.nodes:
+            if column in carried:
+                raise ValueError(f"backbone.nodes.{column}: source.columns carries a column of that name; rename the node's")
+        if self.probe and self.probe.node and self.probe.node not in self.backbone.nodes:
+            raise ValueError(
+                f"probe.node: {self.probe.node!r} is none of backbone.nodes; allowed are {_list(self.backbone.nodes)}"
+            )
+        if self.probe and self.probe.label == "label" and self.source.label is None:
+            raise ValueError("probe.label: the dataset has no label; set source.label, or leave the probe section out")
+        return self
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply `a.b=c` overrides.
+
+    Relative local paths in the file are relative to the working directory, as on a command line.
+
+    Raises:
+        ConfigError: unreadable file, bad YAML, unknown key or wrong value; one line a mistake.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise ConfigError(f"{path}: the config cannot be read: {reason}") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a config is a mapping with the sections {_list(Config.model_fields)}")
+    for override in overrides:
+        _override(raw, override)
+    return parse(raw, str(path))
+
+
+def parse(raw: dict[str, Any], name: str = "config") -> Config:
+    """Validate a mapping; `name` leads each line of the error.
+
+    Raises:
+        ConfigError: one line a mistake: field, value, what is allowed.
+    """
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(name, e) for e in error.errors())) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML, without the values of `storage.options`: those may be secrets."""
+    raw = config.model_dump(mode="json")
+    for section in ("source", "output"):
+        options = raw[section]["storage"]["options"]
+        raw[section]["storage"]["options"] = dict.fromkeys(options, "(not saved)")
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a config file, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set {override}: write --set section.key=value")
+    *parents, last = path.split(".")
+    place = raw
+    for parent in parents:
+        if place.get(parent) is None:
+            place[parent] = {}
+        place = place[parent]
+        if not isinstance(place, dict):
+            raise ConfigError(f"--set {override}: {parent} is a value, not a section")
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: the value is not valid YAML") from None
+
+
+def _refuse_credentials(url: str) -> None:
+    authority = url.partition("://")[2].partition("/")[0]
+    if ":" in authority.rpartition("@")[0]:
+        raise ValueError("credentials do not belong into a URL; use the environment, a profile or storage.options")
+
+
+def _list(names: object) -> str:
+    return ", ".join(sorted(str(n) for n in names))  # type: ignore[attr-defined]
+
+
+def _explain(name: str, error: Any) -> str:
+    """One line for one pydantic error."""
+    location = [str(part) for part in error["loc"]]
+    # pydantic appends the union's branch ("int", "literal['auto']", "str") to the path: it is no key of the file.
+    while location and not _is_key(location):
+        location.pop()
+    field = ".".join(location)
+    value = error["input"]
+    kind, ctx = error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        siblings = _siblings(location)
+        hint = nearest(location[-1], siblings) or f"allowed are {_list(siblings)}"
+        return f"{name}: {field}: unknown key; {hint}"
+    if kind == "missing":
+        return f"{name}: {field}: missing; it is required"
+    if kind == "value_error":
+        shown = f"{_short(value)}: " if field and not isinstance(value, dict) else ""
+        return f"{name}: {field + ': ' if field else ''}{shown}{ctx.get('error', error['msg'])}"
+    return f"{name}: {field}: {_short(value)} is wrong; {_allowed(location) or error['msg']}"
+
+
+def _short(value: object) -> str:
+    text = re.sub(r"://[^/@\s]*@", "://***@", repr(value))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _model_at(location: Sequence[str]) -> type[Section] | None:
+    """The section that the path leads to, None where it leads to a value."""
+    models: dict[str, type[Section]] = {
+        "source": Source, "source.storage": Storage, "output": Output, "output.storage": Storage, "run": Run, "probe": Probe,
+        "backbone": Backbone, "backbone.preprocess": Preprocess, "": Config,
+    }  # fmt: skip
+    if len(location) == 3 and location[:2] == ["backbone", "nodes"]:
+        return Node
+    return models.get(".".join(location))
+
+
+def _siblings(location: Sequence[str]) -> list[str]:
+    parent = _model_at(location[:-1])
+    return list(parent.model_fields) if parent else []
+
+
+def _is_key(location: Sequence[str]) -> bool:
+    """Whether the last part of a pydantic location is a key of the file, not a branch of a union."""
+    parent = _model_at(location[:-1])
+    if parent is not None:
+        return True
+    return location[:2] == ["backbone", "nodes"] and len(location) == 3
+
+
+def _allowed(location: Sequence[str]) -> str:
+    """What a field accepts, from its JSON schema: `allowed: auto, or a whole number from 1`."""
+    parent = _model_at(location[:-1])
+    if parent is None or location[-1] not in parent.model_fields:
+        return ""
+    schema = parent.model_json_schema()["properties"][location[-1]]
+    ways = [_describe(way) for way in schema.get("anyOf", [schema])]
+    return "allowed: " + ", or ".join(way for way in ways if way)
+
+
+def _describe(schema: dict[str, Any]) -> str:
+    if "enum" in schema or "const" in schema:
+        return ", ".join(str(v) for v in schema.get("enum", [schema.get("const")]))
+    if "$ref" in schema or schema.get("type") == "object":
+        return "a section with keys of its own"
+    word = {
+        "integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false",
+        "array": "a list", "null": "nothing",
+    }.get(schema.get("type", ""), "")  # fmt: skip
+    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    high = schema.get("maximum", schema.get("exclusiveMaximum"))
+    bounds = [f"{'above' if 'exclusiveMinimum' in schema else 'from'} {low}"] if low is not None else []
+    bounds += [f"{'below' if 'exclusiveMaximum' in schema else 'to'} {high}"] if high is not None else []
+    return " ".join([word, *bounds])

@@ -1,0 +1,1 @@
+"""The versioned dataset of embeddings: partitions, the Delta table that names them, and reading them back."""

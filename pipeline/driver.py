@@ -1,0 +1,384 @@
+"""A run from top to bottom: plan, extract, merge, probe.
+
+The driver never sees a pixel or an embedding, but for the probe's. It holds the plan, hands shards to the pool, and commits
+what came back in one atomic step. Everything that it needs to know it reads from the source and the dataset, so a run that
+was killed is simply run again.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import datetime
+import json
+import logging
+import platform
+import time
+import uuid
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipeline import config, metrics, plan
+from pipeline.dataset import partition, table
+from pipeline.dataset.partition import Partition
+from pipeline.dataset.read import Dataset, open_dataset
+from pipeline.dataset.table import Table
+from pipeline.errors import BudgetExceeded, CommitConflict, DatasetError, IncompleteRun, PipelineError, RemovalRefused
+from pipeline.plan import Plan
+from pipeline.recipe import Layout, Recipe
+from pipeline.source import Source
+from pipeline.storage import Store, join
+
+if TYPE_CHECKING:
+    from pipeline.extract.actors import Result
+
+logger = logging.getLogger(__name__)
+
+RUNS_FOLDER = "_runs"
+COMMIT_ATTEMPTS = 10
+"""Each lost race against another run costs one; what was extracted is adopted by the next attempt."""
+ALWAYS_ALLOWED = 10
+"""Quarantined samples that never exceed the budget."""
+
+
+class Observer(Protocol):
+    """Whoever wants to know how the run comes along: the progress bar of a terminal, lines in a log."""
+
+    def planned(self, plan: Plan) -> None:
+        """The plan stands; extraction begins."""
+
+    def finished(self, result: Result, num_actors: int) -> None:
+        """One shard is done, or has failed."""
+
+    def note(self, text: str) -> None:
+        """Something a person wants to read now."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Summary:
+    """What a run did; `as_json` is the last line of `pipeline run --json`."""
+
+    run_id: str
+    output: str
+    recipe_id: str
+    version: int | None = None
+    committed: bool = False
+    seconds: float = 0.0
+    extract_seconds: float = 0.0
+    num_bytes: int = 0
+    """Encoded bytes of the shards that were extracted."""
+    num_unchanged: int = 0
+    num_removed: int = 0
+    reasons: list[str] = field(default_factory=list)
+    extracted: list[Partition] = field(default_factory=list)
+    adopted: list[Partition] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    """Shard to what went wrong."""
+    num_rows: int = 0
+    """Of the version that stands after the run."""
+    stages: collections.Counter[str] = field(default_factory=collections.Counter)
+    actors: list[dict[str, Any]] = field(default_factory=list)
+    num_actors_lost: int = 0
+    probe: dict[str, Any] | None = None
+    error: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """A mapping of plain values."""
+        embedded = sum(each.num_embedded for each in self.extracted)
+        finished = [*self.extracted, *self.adopted]
+        return {
+            "run_id": self.run_id,
+            "version": self.version,
+            "committed": self.committed,
+            "recipe_id": self.recipe_id,
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(embedded / self.extract_seconds, 2) if self.extract_seconds else 0.0,
+            "bytes_per_second": round(self.num_bytes / self.extract_seconds) if self.extract_seconds else 0,
+            "bound_by": metrics.bound_by(self.stages) if self.extracted else None,
+            "shards": {
+                "total": len(self.extracted) + len(self.adopted) + self.num_unchanged + len(self.failed),
+                "extracted": len(self.extracted),
+                "adopted": len(self.adopted),
+                "unchanged": self.num_unchanged,
+                "removed": self.num_removed,
+                "failed": len(self.failed),
+            },
+            "images": {
+                "total": self.num_rows,
+                "embedded": embedded,
+                "carried_over": sum(each.num_carried_over for each in self.extracted),
+                "quarantined": sum(each.num_quarantined for each in finished),
+            },
+            "output": self.output,
+            "reasons": self.reasons,
+            "failed": self.failed,
+            "stage_seconds": {name: round(seconds, 3) for name, seconds in sorted(self.stages.items())},
+            "actors": self.actors,
+            "actors_lost": self.num_actors_lost,
+            "probe": self.probe,
+            "error": self.error or None,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """What the dataset shall be, worked out from the config before anything is planned."""
+
+    source: Source
+    store: Store
+    url: str
+    recipe: Recipe
+    layout: Layout
+
+    @classmethod
+    def of(cls, settings: config.Config) -> Goal:
+        """Build the model once on this machine's CPU: its weights' digest and its columns are part of the goal."""
+        from pipeline.extract.backbone import Backbone, Spec
+
+        source = Source(settings.source)
+        layout = source.layout()
+        backbone = Backbone(Spec(backbone=settings.backbone, decode=settings.decode, precision=settings.run.precision))
+        store = Store(settings.output.storage)
+        return cls(source=source, store=store, url=settings.output.url, recipe=backbone.recipe, layout=layout)
+
+    def plan(self) -> tuple[Table | None, Plan]:
+        """The newest version, and what is to be done on top of it."""
+        current = Table.open(self.store, self.url)
+        return current, plan.make(self.source.shards(), current, self.recipe, self.layout, self.store, self.url)
+
+
+def make_plan(settings: config.Config) -> tuple[Table | None, Plan]:
+    """What `run` would do now. Changes nothing."""
+    return Goal.of(_absolute(settings)).plan()
+
+
+def run(settings: config.Config, *, allow_removals: bool = False, observer: Observer | None = None) -> Summary:
+    """Bring the dataset up to date with source and config, and train the probe. Doing it again does nothing.
+
+    Args:
+        settings: the config.
+        allow_removals: commit even if more than `run.max_removed` of the rows vanish.
+        observer: is told how it comes along.
+
+    Raises:
+        UserError: config, source, model or output are not what they should be.
+        RunError: nothing was committed, or (IncompleteRun) some shards failed while the rest was; says why.
+    """
+    start = time.monotonic()
+    settings = _absolute(settings)
+    goal = Goal.of(settings)
+    summary = Summary(run_id=_new_run_id(), output=settings.output.url, recipe_id=goal.recipe.recipe_id)
+    try:
+        try:
+            _refresh(settings, goal, summary, allow_removals, observer)
+            if settings.probe is not None and summary.version is not None:
+                summary.probe = _probe(settings, settings.probe, goal, summary)
+        except PipelineError as error:
+            summary.error = str(error)
+            raise
+        finally:
+            summary.seconds = time.monotonic() - start
+            _save(settings, goal, summary)
+    except PipelineError as error:
+        error.summary = summary  # type: ignore[attr-defined] # for `--json`, which reports a failed run too
+        raise
+    return summary
+
+
+def _refresh(settings: config.Config, goal: Goal, summary: Summary, allow_removals: bool, observer: Observer | None) -> None:
+    """Plan, extract and commit; again when another run committed in between."""
+    for attempt in range(COMMIT_ATTEMPTS):
+        current, todo = goal.plan()
+        summary.reasons = todo.reasons
+        if not allow_removals and todo.removed_share > settings.run.max_removed:
+            raise _too_many_removed(todo.removed_share, settings)
+        if observer is not None:
+            observer.planned(todo)
+        finished = todo.adopt + _extract(settings, goal, todo, summary, observer)
+        if attempt == 0:
+            summary.adopted = todo.adopt  # later attempts adopt what this run itself has just extracted
+        summary.num_unchanged, summary.num_removed = len(todo.unchanged), len(todo.removed)
+        try:
+            summary.version, summary.committed = _merge(settings, goal, current, todo, finished, summary, allow_removals)
+            break
+        except CommitConflict as conflict:
+            if attempt == COMMIT_ATTEMPTS - 1:
+                raise
+            logger.warning("another run committed first, planning again: %s", conflict)
+    if summary.failed:
+        named = "; ".join(f"{shard}: {why}" for shard, why in list(summary.failed.items())[:5])
+        kept = "the other shards were committed" if summary.committed else "nothing was committed"
+        raise IncompleteRun(f"{len(summary.failed)} of {todo.num_shards} shards failed ({kept}): {named}")
+
+
+def _extract(settings: config.Config, goal: Goal, todo: Plan, summary: Summary, observer: Observer | None) -> list[Partition]:
+    """Partitions of the shards in the plan; those that failed are noted in the summary."""
+    summary.failed.clear()
+    if not todo.extract:
+        return []
+    from pipeline.extract import actors
+
+    finished: list[Partition] = []
+    with actors.cluster(), actors.Pool(settings, goal.recipe) as pool:
+        start = time.monotonic()
+        # Large shards first: the last ones to finish are then small.
+        for result in pool.extract(sorted(todo.extract, key=lambda shard: -shard.num_bytes)):
+            summary.stages.update(result.stages)
+            if result.partition is not None:
+                finished.append(result.partition)
+                summary.num_bytes += result.shard.num_bytes
+            else:
+                summary.failed[result.shard.url] = result.error
+            if observer is not None:
+                observer.finished(result, pool.num_ready)
+        summary.extract_seconds += time.monotonic() - start
+        summary.actors += pool.seen
+        summary.num_actors_lost += pool.num_lost
+    summary.extracted += finished
+    return finished
+
+
+def _merge(
+    settings: config.Config,
+    goal: Goal,
+    current: Table | None,
+    todo: Plan,
+    finished: list[Partition],
+    summary: Summary,
+    allow_removals: bool,
+) -> tuple[int | None, bool]:
+    """Check what was finished and commit it; the version that stands now, and whether it is a new one.
+
+    A shard that failed keeps its rows, unless they are of another recipe or layout: then nothing is committed, and what was
+    finished waits for the next run.
+    """
+    version = current.version if current is not None else None
+    summary.num_rows = sum(entry.num_rows for entry in current.entries) if current is not None else 0
+    if todo.rewrites and summary.failed:
+        return version, False
+    done = {each.shard for each in finished}
+    remove = [*todo.removed, *(entry for entry in todo.replaced if entry.shard in done)]
+    if not finished and not remove:
+        return version, False
+    _check_budget(settings, finished)
+    if not allow_removals:
+        _check_shrinkage(settings, summary.num_rows, remove, finished)
+    schema = partition.schema(goal.recipe, goal.source.fields())
+    with ThreadPoolExecutor(16) as threads:
+        for _ in threads.map(lambda each: partition.check(goal.store, goal.url, each, schema, goal.recipe), finished):
+            pass
+    arguments = (goal.recipe, goal.layout, schema)
+    if current is None:
+        version = table.create(goal.store, goal.url, summary.run_id, finished, *arguments)
+    else:
+        version = current.commit(summary.run_id, finished, remove, *arguments)
+    summary.num_rows += sum(each.num_rows for each in finished) - sum(entry.num_rows for entry in remove)
+    return version, True
+
+
+def _check_budget(settings: config.Config, finished: list[Partition]) -> None:
+    num_read = sum(each.num_read for each in finished)
+    num_quarantined = sum(each.num_quarantined for each in finished)
+    allowed = max(ALWAYS_ALLOWED, int(settings.run.max_failed * num_read))
+    if num_quarantined > allowed:
+        worst = max(finished, key=lambda each: each.num_quarantined)
+        raise BudgetExceeded(
+            f"{num_quarantined} of {num_read} samples cannot be embedded, run.max_failed = {settings.run.max_failed} allows "
+            f"{allowed}; nothing was committed; most are in {worst.shard} ({worst.num_quarantined} of {worst.num_read}). "
+            "Mend the source, or raise run.max_failed and run again: finished shards are kept for that"
+        )
+
+
+def _check_shrinkage(settings: config.Config, num_before: int, remove: list[table.Entry], finished: list[Partition]) -> None:
+    """Shards that are still there but have lost most of their samples count like shards that are gone."""
+    after = {each.shard: each.num_rows for each in finished}
+    lost = sum(max(0, entry.num_rows - after.get(entry.shard, 0)) for entry in remove)
+    if num_before and lost / num_before > settings.run.max_removed:
+        raise _too_many_removed(lost / num_before, settings)
+
+
+def _too_many_removed(share: float, settings: config.Config) -> RemovalRefused:
+    return RemovalRefused(
+        f"{share:.0%} of the dataset's rows would vanish, run.max_removed = {settings.run.max_removed} allows "
+        f"{settings.run.max_removed:.0%}; nothing was committed. If the source really shrank, run again with --allow-removals"
+    )
+
+
+def _probe(settings: config.Config, wanted: config.Probe, goal: Goal, summary: Summary) -> dict[str, Any]:
+    """Train the probe on the version that stands; a probe that an earlier run trained on it just so is reported again."""
+    for earlier in runs(goal.store, goal.url):
+        if earlier["version"] == summary.version and earlier["probe"] and earlier["probe"]["settings"] == wanted.model_dump():
+            return dict(earlier["probe"])
+    from pipeline.analysis import probe
+
+    dataset = open_dataset(goal.url, summary.version, settings.output.storage)
+    result = fit_probe(dataset, wanted)
+    folder = join(RUNS_FOLDER, summary.run_id, "probe")
+    goal.store.write(join(goal.url, folder, "metrics.json"), probe.metrics_json(result))
+    goal.store.write(join(goal.url, folder, "probe.safetensors"), probe.weights_safetensors(result))
+    scalars = {name: value for name, value in result.metrics.items() if not isinstance(value, (list, dict))}
+    return {**scalars, "warnings": result.warnings, "path": folder, "settings": wanted.model_dump()}
+
+
+def fit_probe(dataset: Dataset, settings: config.Probe) -> Any:
+    """Train and score the probe on one version of a dataset."""
+    from pipeline.analysis import probe
+
+    if settings.label not in dataset.schema.names:
+        raise DatasetError(
+            f"probe.label: the dataset has no column {settings.label!r}; it has {', '.join(dataset.schema.names)}"
+        )
+    rows = dataset.table([settings.label, "content_hash"])
+    labels, hashes = rows.column(settings.label).to_pylist(), rows.column("content_hash").to_pylist()
+    return probe.fit(dataset.to_numpy(settings.node), labels, hashes, settings)
+
+
+def runs(store: Store, url: str) -> list[dict[str, Any]]:
+    """`run.json` of the last runs, newest first."""
+    files = store.list(join(url, RUNS_FOLDER), missing_ok=True)
+    newest = sorted((file.url for file in files if file.url.endswith("/run.json")), reverse=True)[:20]
+    found = []
+    for each in newest:
+        with contextlib.suppress(ValueError):  # half a file of a store that is not atomic
+            found.append(json.loads(store.read(each)))
+    return found
+
+
+def _save(settings: config.Config, goal: Goal, summary: Summary) -> None:
+    """Leave what ran and what came of it beside the data."""
+    content: Mapping[str, Any] = {
+        **summary.as_json(),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "recipe": dict(goal.recipe.fields),
+        "versions": _versions(),
+    }
+    folder = join(goal.url, RUNS_FOLDER, summary.run_id)
+    goal.store.write(join(folder, "config.yaml"), config.dump(settings).encode())
+    goal.store.write(join(folder, "run.json"), json.dumps(content, indent=1, ensure_ascii=False).encode())
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("frozen-pipeline", "torch", "torchvision", "ray", "pyarrow", "deltalake", "numpy", "pillow", "simplejpeg")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _absolute(settings: config.Config) -> config.Config:
+    """Actors have other working directories: source and output are named in full."""
+    output = Store(settings.output.storage).absolute(settings.output.url)
+    store = Store(settings.source.storage)
+    urls = [store.absolute(url) for url in settings.source.urls]
+    return settings.model_copy(
+        update={
+            "output": settings.output.model_copy(update={"url": output}),
+            "source": settings.source.model_copy(update={"url": urls}),
+        }
+    )
+
+
+def _new_run_id() -> str:
+    now = datetime.datetime.now(datetime.UTC)
+    return f"{now:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"

@@ -1,0 +1,115 @@
+"""Everything that this package raises on purpose.
+
+PipelineError
+├── UserError            what the user got wrong: exit code 2, one line, never a traceback
+│   ├── ConfigError        a field of the config: names field, value and what is allowed
+│   ├── SourceError        the source is not there, is empty, or is not of the named format
+│   ├── BackboneError      no such model, weights or node
+│   └── DatasetError       no dataset there, or one that this version cannot read
+├── WorldError           what the world did: exit code 1
+│   ├── StorageError       the store refused or failed, after the retries that made sense
+│   ├── ShardError         one shard cannot be read: names the shard; the others go on
+│   └── ShardChanged       a shard is no longer what was listed: it is listed again
+├── RunError             the run's own verdict: exit code 1
+│   ├── BudgetExceeded     more samples were quarantined than the config allows: nothing was committed
+│   ├── RemovalRefused     more of the dataset would vanish than the config allows: nothing was committed
+│   ├── IncompleteRun      shards failed: says which
+│   └── CommitConflict     another run committed first
+├── GuardError           what we or the model did: a promise was about to be broken (exit code 1)
+└── SampleError          one sample: never leaves the process, becomes a quarantine row
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PipelineError(Exception):
+    """Base of all errors here. The message is one complete sentence for the user."""
+
+    exit_code = 1
+
+
+class UserError(PipelineError):
+    """The user's input is wrong."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A config field has a wrong value; the message names field, value and what is allowed."""
+
+
+class SourceError(UserError):
+    """The source does not exist, holds nothing, or is not of the format that was named."""
+
+
+class BackboneError(UserError):
+    """The model, its weights or one of its nodes cannot be had."""
+
+
+class DatasetError(UserError):
+    """There is no dataset at this place, or its format is newer than this program."""
+
+
+class WorldError(PipelineError):
+    """Something outside this program failed."""
+
+
+class StorageError(WorldError):
+    """The store refused, or kept failing. Never holds a secret."""
+
+
+class ShardError(WorldError):
+    """A shard that cannot be read; the message names it."""
+
+
+class ShardChanged(WorldError):
+    """A shard that was written anew since it was listed."""
+
+
+class RunError(PipelineError):
+    """The run did not do all it was asked to."""
+
+
+class BudgetExceeded(RunError):
+    """More samples were quarantined than `run.max_failed` allows."""
+
+
+class RemovalRefused(RunError):
+    """More rows would vanish than `run.max_removed` allows."""
+
+
+class IncompleteRun(RunError):
+    """Some shards could not be extracted."""
+
+
+class CommitConflict(RunError):
+    """The table moved on between plan and commit."""
+
+
+class GuardError(PipelineError):
+    """A promise would have been broken: a model that learns, a row that depends on its neighbours, counts that differ."""
+
+
+class SampleError(PipelineError):
+    """One sample cannot be embedded.
+
+    Args:
+        stage: where it failed: `read`, `label`, `decode` or `embed`.
+        error: a short stable name of the kind of failure, to count by.
+        message: what is wrong, for a person.
+    """
+
+    def __init__(self, stage: str, error: str, message: str) -> None:
+        super().__init__(message)
+        self.stage = stage
+        self.error = error
+        self.message = message
+
+
+def nearest(name: str, names: Iterable[str], count: int = 5) -> str:
+    """`did you mean a, b, c?` for a name that does not exist; empty when nothing is near."""
+    found = difflib.get_close_matches(name, list(names), n=count, cutoff=0.4)
+    return f"did you mean {', '.join(found)}?" if found else ""

@@ -1,0 +1,1 @@
+"""Turn shards into partitions: decode, frozen backbone, the overlapped loop, and the loop as a Ray actor."""

@@ -1,0 +1,296 @@
+"""The loop as a Ray actor pinned to one GPU (or one CPU node), and the pool that keeps the actors busy.
+
+The only room that talks to Ray, with the driver's start-up. Shards go to the actors and partitions' descriptions come back;
+no pixel and no embedding ever enters Ray's object store.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline import config
+from pipeline.dataset.partition import Partition
+from pipeline.errors import GuardError, PipelineError, ShardChanged, StorageError
+from pipeline.recipe import Recipe
+from pipeline.source import Shard, Source
+
+logger = logging.getLogger(__name__)
+
+SHARDS_IN_FLIGHT = 3
+"""Shards that one actor has in hand: one being read, one to go on with, one whose last rows are still on their way. What
+one lost actor can cost."""
+POLL_S = 5.0
+"""How often the pool looks for nodes that joined."""
+CPU_BATCH, GPU_BATCH = 32, 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What became of one shard."""
+
+    shard: Shard
+    partition: Partition | None = None
+    error: str = ""
+    """Why there is no partition."""
+    fatal: PipelineError | None = None
+    """A broken promise: no other shard would fare better."""
+    stages: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Seconds by stage that the actor spent since its last result."""
+
+
+class Extractor:
+    """The loop in an actor. Device, threads and batch size are decided here, where the hardware is."""
+
+    def __init__(self, settings: config.Config, recipe: Recipe) -> None:
+        import torch
+
+        from pipeline.extract.backbone import Backbone, Spec
+        from pipeline.extract.loop import Loop, Settings
+        from pipeline.storage import Store
+
+        gpus = ray.get_gpu_ids()
+        device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
+        threads = settings.run.threads if settings.run.threads != "auto" else _share_of_node(settings.run, bool(gpus))
+        batch_size = settings.run.batch_size
+        if batch_size == "auto":
+            batch_size = GPU_BATCH if device == "cuda" else CPU_BATCH
+        torch.set_num_threads(threads)
+        spec = Spec(backbone=settings.backbone, decode=settings.decode, precision=settings.run.precision)
+        backbone = Backbone(spec, device)
+        if backbone.recipe.fields != recipe.fields:
+            raise GuardError(
+                "backbone: this node builds another model than the driver does; are the same packages installed on all nodes?"
+            )
+        source = Source(settings.source)
+        self._info = {
+            "pid": os.getpid(),
+            "node": ray.get_runtime_context().get_node_id(),
+            "gpus": [str(gpu) for gpu in gpus],
+            "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+            "device": device,
+            "threads": threads,
+            "batch_size": batch_size,
+        }
+        self._loop = Loop(
+            source,
+            source.layout(),
+            backbone,
+            Store(settings.output.storage),
+            Settings(dataset_url=settings.output.url, decode=settings.decode, batch_size=batch_size, num_workers=threads),
+        )
+
+    def info(self) -> dict[str, Any]:
+        """Where this actor runs and with what."""
+        return self._info
+
+    def extract(self, shard: Shard) -> Result:
+        """Extract one shard. Several calls run at once, so that batches are packed across shards."""
+        try:
+            partition = self._loop.submit(shard).result()
+        except GuardError as error:
+            return Result(shard=shard, error=str(error), fatal=error)
+        except PipelineError as error:
+            return Result(shard=shard, error=f"{type(error).__name__}: {error}", stages=self._loop.stages.take())
+        return Result(shard=shard, partition=partition, stages=self._loop.stages.take())
+
+
+def _share_of_node(run: config.Run, has_gpu: bool) -> int:
+    """This actor's share of its node's cores, as Ray counts them: equal shares for the actors that a node has."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    node_id = ray.get_runtime_context().get_node_id()
+    resources: dict[str, float] = next((node["Resources"] for node in nodes if node["NodeID"] == node_id), {})
+    cores = int(resources.get("CPU", 0)) or os.cpu_count() or 1
+    if has_gpu:
+        actors = resources.get("GPU", 1) / (1.0 if run.num_gpus == "auto" else run.num_gpus)
+    else:
+        actors = 1 if run.workers == "auto" else math.ceil(run.workers / len(nodes))
+    return max(1, int(cores / max(1, actors)))
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[None]:
+    """Ray for the duration of a run: the cluster that RAY_ADDRESS names or that this job runs on, else a local one."""
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    quiet: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, configure_logging=False, **quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass(slots=True)
+class _Worker:
+    """One actor and what it has in hand."""
+
+    actor: Any
+    place: str
+    """Node that it is bound to, empty for an actor on any GPU."""
+    ready: bool = False
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)
+    in_hand: dict[Any, Shard] = dataclasses.field(default_factory=dict)
+
+
+class Pool:
+    """Actors on what the cluster has. Use as a context manager; the actors end with it."""
+
+    def __init__(self, settings: config.Config, recipe: Recipe) -> None:
+        self._settings, self._settings_ref = settings, ray.put(settings)
+        self._recipe = recipe
+        self._workers: list[_Worker] = []
+        self._starting: dict[Any, _Worker] = {}
+        self._attempts: collections.Counter[str] = collections.Counter()
+        self.seen: list[dict[str, Any]] = []
+        """`Extractor.info` of every actor that was ever ready."""
+        self.num_lost = 0
+        """Actors that died."""
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            ray.kill(worker.actor)
+
+    @property
+    def num_ready(self) -> int:
+        """Actors at work."""
+        return sum(worker.ready for worker in self._workers)
+
+    def extract(self, shards: Iterable[Shard]) -> Iterator[Result]:
+        """Extract shards on all actors; results in the order in which they finish.
+
+        A shard whose actor died, or that a passing fault hit, is tried again, up to `run.max_attempts` times in all.
+        """
+        waiting = collections.deque(shards)
+        source = Source(self._settings.source)
+        next_look = 0.0
+        while waiting or any(worker.in_hand for worker in self._workers):
+            if time.monotonic() >= next_look:
+                self._grow(len(waiting))
+                next_look = time.monotonic() + POLL_S
+            self._deal(waiting)
+            refs = [*self._starting, *(ref for worker in self._workers for ref in worker.in_hand)]
+            done, _ = ray.wait(refs, num_returns=1, timeout=POLL_S) if refs else ([], None)
+            for ref in done:
+                if ref in self._starting:
+                    self._started(ref)
+                elif (result := self._collect(ref, waiting, source)) is not None:
+                    yield result
+
+    def _deal(self, waiting: collections.deque[Shard]) -> None:
+        """Give shards to the actors with the fewest in hand."""
+        for depth in range(1, SHARDS_IN_FLIGHT + 1):
+            for worker in self._workers:
+                if waiting and worker.ready and len(worker.in_hand) < depth:
+                    shard = waiting.popleft()
+                    worker.in_hand[worker.actor.extract.remote(shard)] = shard
+
+    def _started(self, ref: Any) -> None:
+        worker = self._starting.pop(ref)
+        try:
+            worker.info = ray.get(ref)
+        except RayTaskError as error:
+            raise _cause(error) from None
+        except RayActorError as error:
+            self._workers.remove(worker)
+            self.num_lost += 1
+            # An actor whose constructor raised carries that error: it would raise it again, so the run ends with it.
+            cause = _cause(error)
+            if isinstance(cause, PipelineError):
+                raise cause from None
+            if self.num_lost > 3 * max(1, len(self._workers)) and not self.seen:
+                raise StorageError(f"no actor starts: {str(error).splitlines()[0]}") from None
+            return
+        worker.ready = True
+        self.seen.append(worker.info)
+        logger.info("actor %s on node %s: %s", worker.info["pid"], worker.info["node"][:8], worker.info["device"])
+
+    def _collect(self, ref: Any, waiting: collections.deque[Shard], source: Source) -> Result | None:
+        """The result behind a reference; None where the shard goes back to the queue."""
+        worker = next(worker for worker in self._workers if ref in worker.in_hand)
+        shard = worker.in_hand.pop(ref)
+        try:
+            result: Result = ray.get(ref)
+        except RayActorError:
+            self._bury(worker, waiting)
+            return self._again(shard, waiting, "the actor died while it had this shard in hand")
+        except RayTaskError as error:
+            return self._again(shard, waiting, str(_cause(error)))
+        if result.fatal is not None:
+            raise result.fatal
+        if result.error.startswith(ShardChanged.__name__):
+            now = source.relist(shard)
+            return self._again(now or shard, waiting, result.error)
+        if result.error.startswith(StorageError.__name__):
+            return self._again(shard, waiting, result.error)
+        return result
+
+    def _again(self, shard: Shard, waiting: collections.deque[Shard], why: str) -> Result | None:
+        self._attempts[shard.url] += 1
+        if self._attempts[shard.url] >= self._settings.run.max_attempts:
+            return Result(shard=shard, error=why)
+        logger.warning("%s: %s; it will be tried again", shard.url, why)
+        waiting.append(shard)
+        return None
+
+    def _bury(self, worker: _Worker, waiting: collections.deque[Shard]) -> None:
+        """Forget a dead actor. Its other shards were not at fault and go back uncounted, to the front."""
+        self.num_lost += 1
+        self._workers.remove(worker)
+        waiting.extendleft(worker.in_hand.values())
+        logger.warning("an actor died; %d shards go to others", len(worker.in_hand) + 1)
+
+    def _grow(self, num_waiting: int) -> None:
+        """Start an actor wherever the cluster has room for one and there is work for it."""
+        run = self._settings.run
+        nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        gpus = sum(node["Resources"].get("GPU", 0) for node in nodes)
+        if gpus or run.num_gpus != "auto":
+            share = 1.0 if run.num_gpus == "auto" else run.num_gpus
+            places = [""] * (int(gpus / share) if run.workers == "auto" else run.workers)
+        else:
+            # Without a node the autoscaler has to hear of the need: an actor without a place asks for one.
+            share, cpu_nodes = 0.0, [node["NodeID"] for node in nodes if node["Resources"].get("CPU", 0) >= 1] or [""]
+            number = len(cpu_nodes) if run.workers == "auto" else run.workers
+            places = [cpu_nodes[i % len(cpu_nodes)] for i in range(number)]
+        missing = collections.Counter(places) - collections.Counter(worker.place for worker in self._workers)
+        for place in list(missing.elements())[: max(0, num_waiting - len(self._starting))]:
+            self._start(place, share)
+
+    def _start(self, place: str, num_gpus: float) -> None:
+        options: dict[str, Any] = {
+            "num_cpus": 1,
+            "num_gpus": num_gpus,
+            "max_concurrency": SHARDS_IN_FLIGHT + 1,  # and `info`
+            "max_restarts": 0,  # the pool replaces what dies: it has to hear of it
+        }
+        if place:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(place, soft=False)
+        remote: Any = ray.remote(Extractor)
+        actor = remote.options(**options).remote(self._settings_ref, self._recipe)
+        worker = _Worker(actor, place)
+        self._workers.append(worker)
+        self._starting[actor.info.remote()] = worker
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The exception that was raised over there, where Ray carries it."""
+    inner = getattr(error, "cause", None)
+    return inner if isinstance(inner, BaseException) else error

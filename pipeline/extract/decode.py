@@ -1,0 +1,208 @@
+"""Encoded bytes to the uint8 picture that the backbone takes.
+
+In: the bytes of one image. Out: the upright RGB picture, resized and cropped as the weights' own preset does, written into a
+slot of the batch; float conversion and normalisation happen later, on the device. The picture of the default way `exact`
+differs from the preset on PIL by at most rounding (0.01 of 255 on average). What cannot be decoded raises `SampleError`.
+
+JPEGs go through libjpeg-turbo into memory that is used again; every other format, and the JPEGs that libjpeg-turbo does not
+turn into RGB itself, go through PIL.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from pipeline.config import Preprocess
+from pipeline.errors import SampleError
+
+DECODE_VERSION = 1
+"""Part of the recipe. Raise it with every change here that can change a pixel."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
+"""PIL tries no other decoder, whatever the bytes look like."""
+
+SCRATCH_BYTES = 48 << 20
+"""Decoded pixels up to this size are written into memory that is used again; larger ones get memory of their own."""
+MAX_ASPECT = 8
+"""Beyond it only the part of the picture that the crop shows is resized: the whole would not fit into memory."""
+EXIF_SEARCH_BYTES = 1 << 18
+
+Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is checked from the header instead, before any pixel is decoded
+
+_RESIZE = {
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.default,
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.default,
+}
+_PIL_RESIZE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+class Decoder:
+    """Decodes one image at a time into slots. One per thread: it holds that thread's scratch memory."""
+
+    def __init__(self, preprocess: Preprocess, *, fast: bool, max_pixels: int) -> None:
+        self._preprocess, self._fast, self._max_pixels = preprocess, fast, max_pixels
+        self._scratch: NDArray[np.uint8] = np.empty(0, np.uint8)
+
+    def __call__(self, data: bytes, slot_HWC: torch.Tensor) -> tuple[int, int]:
+        """Fill `slot_HWC` (crop, crop, 3) uint8 with the picture.
+
+        Returns:
+            Width and height in pixels of the upright original.
+
+        Raises:
+            SampleError: stage `decode`; the slot's content is then undefined.
+        """
+        if not data:
+            raise SampleError("decode", "Empty", "the image has zero bytes")
+        if data.startswith(b"\xff\xd8\xff"):
+            picture = self._jpeg(data)
+            if picture is not None:
+                pixels_HWC, width, height = picture
+                self._fit(pixels_HWC, width, height, slot_HWC)
+                return width, height
+        try:
+            image = self._pil(data)
+        except SampleError:
+            raise
+        except UnidentifiedImageError:
+            raise SampleError("decode", "NotAnImage", f"not a picture in any of {', '.join(FORMATS)}") from None
+        except Exception as error:  # a damaged file can make PIL's decoders raise nearly anything
+            raise SampleError("decode", type(error).__name__, f"cannot be decoded: {error}") from None
+        self._fit(np.asarray(image), image.width, image.height, slot_HWC)
+        return image.size
+
+    def _jpeg(self, data: bytes) -> tuple[NDArray[np.uint8], int, int] | None:
+        """Upright pixels (H, W, 3) and the original's width and height; None where PIL has to decide."""
+        try:
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        except ValueError:
+            return None
+        self._check_size(width, height)
+        if colorspace not in ("YCbCr", "Gray", "RGB"):
+            return None
+        arguments: dict[str, Any] = {}
+        if self._fast:
+            # Keeps at least twice the target on both sides, so antialiasing still has pixels to average.
+            arguments = {"min_height": 2 * self._preprocess.resize, "min_width": 2 * self._preprocess.resize}
+        if (num_bytes := width * height * 3) <= SCRATCH_BYTES:
+            if self._scratch.size < num_bytes:
+                self._scratch = np.empty(num_bytes, np.uint8)
+            arguments["buffer"] = self._scratch
+        try:
+            pixels_HWC = simplejpeg.decode_jpeg(data, "RGB", **arguments)
+        except ValueError as error:
+            # PIL is the judge of what may be harmless: junk between markers, a missing end marker. It refuses a truncated
+            # picture; damaged entropy data it would pass over in silence, so that is refused here.
+            if "Corrupt JPEG data" not in str(error) or "extraneous bytes" in str(error):
+                return None
+            raise SampleError("decode", "Corrupt", f"damaged JPEG: {error}") from None
+        orientation = _orientation(data)
+        if orientation in (5, 6, 7, 8):
+            width, height = height, width
+        return _upright(pixels_HWC, orientation), width, height
+
+    def _pil(self, data: bytes) -> Image.Image:
+        """The upright RGB picture through PIL."""
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            self._check_size(*image.size)
+            image.load()
+            return ImageOps.exif_transpose(_rgb(image))
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > self._max_pixels:
+            raise SampleError(
+                "decode", "TooManyPixels", f"{width} x {height} pixels are more than source.max_pixels = {self._max_pixels}"
+            )
+
+    def _fit(self, pixels_HWC: NDArray[np.uint8], width: int, height: int, slot_HWC: torch.Tensor) -> None:
+        """Resize the shorter side and take the centre, as torchvision's Resize and CenterCrop do.
+
+        `width` and `height` are the original's; after a reduced decode the pixels are fewer.
+        """
+        size, crop = self._preprocess.resize, self._preprocess.crop
+        short, long = min(width, height), max(width, height)
+        scaled = int(size * long / short)
+        new_width, new_height = (size, scaled) if width <= height else (scaled, size)
+        top, left = round((new_height - crop) / 2), round((new_width - crop) / 2)
+        if scaled > MAX_ASPECT * size:
+            scale_x, scale_y = pixels_HWC.shape[1] / new_width, pixels_HWC.shape[0] / new_height
+            box = (left * scale_x, top * scale_y, (left + crop) * scale_x, (top + crop) * scale_y)
+            fitted = Image.fromarray(pixels_HWC).resize((crop, crop), _PIL_RESIZE[self._preprocess.interpolation], box=box)
+            slot_HWC.copy_(torch.from_numpy(np.array(fitted)))
+            return
+        if not (pixels_HWC.flags.c_contiguous and pixels_HWC.flags.writeable):
+            pixels_HWC = np.array(pixels_HWC)
+        # The uint8 kernel is fast only for this strided layout (0.6 ms against 2 ms for 500 x 375).
+        image_1CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1).unsqueeze(0)
+        resized_1CHW = _RESIZE[self._preprocess.interpolation](image_1CHW, [new_height, new_width], False, None, None)
+        slot_HWC.copy_(resized_1CHW[0, :, top : top + crop, left : left + crop].permute(1, 2, 0))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Any PIL mode as RGB: 16 bits are scaled, not clipped; what is transparent lands on white, as on a page."""
+    if image.mode.startswith("I;16"):
+        return _from_16_bit(image, np.asarray(image))
+    if image.mode == "I":
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise SampleError("decode", "UnknownRange", "32-bit pixels have no defined range")
+        return _from_16_bit(image, values)
+    if image.mode == "F":
+        raise SampleError("decode", "UnknownRange", "floating-point pixels have no defined range")
+    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        flat = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        flat.alpha_composite(rgba)
+        rgb = flat.convert("RGB")
+    else:
+        rgb = image.convert("RGB")
+    return _with_exif(image, rgb)
+
+
+def _from_16_bit(image: Image.Image, values_HW: NDArray[Any]) -> Image.Image:
+    eight_bit = ((values_HW.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return _with_exif(image, Image.fromarray(eight_bit).convert("RGB"))
+
+
+def _with_exif(source: Image.Image, target: Image.Image) -> Image.Image:
+    """Carry the orientation over a conversion; unreadable EXIF counts as none."""
+    orientation = _exif_orientation(source)
+    target.info.clear()
+    if orientation != 1:
+        target.getexif()[ExifTags.Base.Orientation] = orientation
+    return target
+
+
+def _exif_orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # malformed EXIF says nothing about the pixels
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _orientation(data: bytes) -> int:
+    """EXIF orientation (1 to 8) of a JPEG; PIL parses it only where the header holds EXIF at all."""
+    if data.find(b"Exif\x00\x00", 0, EXIF_SEARCH_BYTES) < 0:
+        return 1
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return _exif_orientation(image)
+    except Exception:  # the pixels were decoded: EXIF that PIL cannot read changes nothing
+        return 1
+
+
+def _upright(pixels_HWC: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Undo an EXIF orientation; a view where it can be."""
+    if orientation in (5, 6, 7, 8):
+        pixels_HWC = pixels_HWC.transpose(1, 0, 2)
+    flip_y = slice(None, None, -1) if orientation in (3, 4, 7, 8) else slice(None)
+    flip_x = slice(None, None, -1) if orientation in (2, 3, 6, 7) else slice(None)
+    return pixels_HWC[flip_y, flip_x]

@@ -1,0 +1,515 @@
+"""The extraction loop: fetch, decode, embed and write, overlapped in one process.
+
+In: shards. Out: one published partition a shard. Nothing here knows a container format, a store or a device.
+
+    submit ──► fetchers ──► samples ──► workers ──► batches ──► router ──► writers ──► a future a shard
+               read a shard  in chunks  decode into  fixed size  rows back  row groups,
+               as samples    bounded    free slots   padded      to their   publish
+                             in bytes                            partition
+
+Batches are packed across shard borders. The worker that fills the last slot of a batch launches its forward pass: on a CPU
+that runs there and then, so every core is a lane of its own; on a GPU it is only queued, and the worker goes on decoding.
+A batch that nothing will fill any more is launched as it is. Memory is bounded by the number of batches, the bytes of
+encoded images in `MAX_QUEUED_BYTES`, one row group for each open partition, and 100 bytes for each key of an open shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from pipeline.dataset import partition
+from pipeline.dataset.partition import Partition, PartitionWriter, Quarantined
+from pipeline.errors import GuardError, SampleError
+from pipeline.extract.backbone import Backbone
+from pipeline.extract.decode import Decoder
+from pipeline.metrics import Stages
+from pipeline.recipe import Layout
+from pipeline.source import Sample, Shard, Source
+from pipeline.storage import Store, join
+
+CHUNK_SAMPLES = 8
+"""Samples handed to a worker at a time: fewer hand-overs, still many chunks in a batch."""
+MAX_QUEUED_BYTES = 128 << 20
+"""Encoded images between fetchers and workers."""
+NUM_FETCHERS = 2
+"""While one waits for a store's first byte the other reads."""
+NUM_WRITERS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the loop is told besides its parts."""
+
+    dataset_url: str
+    decode: str
+    batch_size: int
+    num_workers: int
+
+
+class Loop:
+    """Runs until it is closed; shards are submitted from any thread."""
+
+    def __init__(self, source: Source, layout: Layout, backbone: Backbone, output: Store, settings: Settings) -> None:
+        self.stages = Stages()
+        self._source, self._layout, self._backbone, self._output, self._settings = source, layout, backbone, output, settings
+        self._schema = partition.schema(backbone.recipe, source.fields())
+        self._rows_per_group = partition.rows_per_group(backbone.recipe)
+
+        self._shards: queue.SimpleQueue[_Open | None] = queue.SimpleQueue()
+        self._samples: queue.SimpleQueue[tuple[_Open, list[Sample]] | None] = queue.SimpleQueue()
+        self._budget = _ByteBudget(MAX_QUEUED_BYTES)
+        self._results: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # A batch a worker that is being filled or computed, one that is being filled beside them, one on its way back.
+        self._batches = _Batches(backbone, settings.batch_size, settings.num_workers + 2)
+        self._writing: list[queue.Queue[Callable[[], None] | None]] = [queue.Queue(maxsize=4) for _ in range(NUM_WRITERS)]
+
+        self._lock = threading.Lock()
+        self._open: set[_Open] = set()
+        self._num_opened = 0
+        self._num_unread = 0
+        """Shards that were submitted and are not read to their end."""
+        self._num_undecided = 0
+        """Samples that were fetched and have neither a row in a batch nor an error yet."""
+        self._failure: BaseException | None = None
+
+        roles = [self._fetch] * NUM_FETCHERS + [self._work] * settings.num_workers + [self._route]
+        self._threads = [threading.Thread(target=self._guarded, args=(role,), daemon=True) for role in roles]
+        self._threads += [threading.Thread(target=self._guarded, args=(self._write, q), daemon=True) for q in self._writing]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, shard: Shard) -> Future[Partition]:
+        """Extract one shard. The future has its partition, or the error that the shard failed with."""
+        with self._lock:
+            opened = _Open(shard, self._num_opened % NUM_WRITERS)
+            self._open.add(opened)
+            self._num_opened += 1
+            self._num_unread += 1
+            failure = self._failure
+        if failure is not None:
+            self._finish(opened, failure)
+        self._shards.put(opened)
+        return opened.future
+
+    def close(self) -> None:
+        """Stop the threads. Call it when every future is done."""
+        for _ in range(NUM_FETCHERS):
+            self._shards.put(None)
+        for _ in range(self._settings.num_workers):
+            self._samples.put(None)
+        self._results.put(None)
+        for writing in self._writing:
+            writing.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    # The four kinds of threads
+
+    def _fetch(self) -> None:
+        """Read shards as chunks of samples."""
+        while True:
+            with self.stages.time("no_shard"):
+                opened = self._shards.get()
+            if opened is None:
+                return
+            num_read, seen = 0, set[int]()
+            try:
+                chunk: list[Sample] = []
+                samples = iter(self._source.read(opened.shard))
+                while True:
+                    with self.stages.time("fetch"):
+                        sample = next(samples, None)
+                    if sample is None:
+                        break
+                    num_read += 1
+                    key = hash(sample.key)
+                    if key in seen:
+                        sample.error = SampleError("read", "DuplicateKey", "the shard has an earlier sample of this key")
+                    seen.add(key)
+                    chunk.append(sample)
+                    if len(chunk) == CHUNK_SAMPLES or len(sample.image) > MAX_QUEUED_BYTES // 64:
+                        self._hand_over(opened, chunk)
+                        chunk = []
+                self._hand_over(opened, chunk)
+            except BaseException as error:
+                self._results.put(lambda opened=opened, error=error: self._fail(opened, error))  # type: ignore[misc]
+            else:
+                self._results.put(lambda opened=opened, num=num_read: self._end(opened, num))  # type: ignore[misc]
+            with self._lock:
+                self._num_unread -= 1
+            self._launch_rest()
+
+    def _hand_over(self, opened: _Open, chunk: list[Sample]) -> None:
+        with self._lock:
+            self._num_undecided += len(chunk)
+        self._budget.acquire(sum(len(sample.image) for sample in chunk))
+        self._samples.put((opened, chunk))
+
+    def _work(self) -> None:
+        """Decode samples into slots, and launch the batches that are full."""
+        if self._backbone.device.type == "cpu":
+            torch.set_num_threads(1)  # this thread is a lane: a second level of threads would only spin
+        decoder = Decoder(
+            self._backbone.preprocess,
+            fast=self._settings.decode == "fast",
+            max_pixels=self._source.settings.max_pixels,
+        )
+        while True:
+            with self.stages.time("no_sample"):
+                item = self._samples.get()
+            if item is None:
+                return
+            opened, chunk = item
+            num_bytes = sum(len(sample.image) for sample in chunk)
+            with self.stages.time("no_batch"):
+                slots = self._batches.place(sum(sample.error is None for sample in chunk))
+            with self.stages.time("decode"):
+                self._decode(decoder, opened, chunk, slots)
+            self._budget.release(num_bytes)
+            for batch in dict.fromkeys(batch for batch, _ in slots):
+                if batch.settle(sum(other is batch for other, _ in slots)):
+                    self._launch(batch)
+            with self._lock:
+                self._num_undecided -= len(chunk)
+            self._launch_rest()
+
+    def _decode(self, decoder: Decoder, opened: _Open, chunk: list[Sample], slots: list[tuple[_Batch, int]]) -> None:
+        """Give every sample of a chunk a row in its batch, or an error."""
+        free = iter(slots)
+        for sample in chunk:
+            if sample.error is None:
+                batch, slot = next(free)
+                try:
+                    width, height = decoder(sample.image, batch.images_BHWC[slot])
+                    content_hash = hashlib.sha256(sample.image).hexdigest()[:32]
+                    batch.rows[slot] = _Row(opened, sample, content_hash, width, height)
+                except SampleError as error:
+                    sample.error = error
+            sample.image = b""
+            if sample.error is not None:
+                self._results.put(lambda sample=sample: self._quarantine(opened, sample, sample.error))  # type: ignore[misc]
+
+    def _launch(self, batch: _Batch) -> None:
+        with self.stages.time("forward"):
+            wait = self._backbone.launch(batch.images_BHWC)
+        self._results.put(lambda: self._embedded(batch, wait))
+
+    def _launch_rest(self) -> None:
+        """Launch the open batch when nothing that is on its way could fill it."""
+        with self._lock:
+            idle = self._num_unread == 0 and self._num_undecided == 0
+        if idle and (batch := self._batches.seal()) is not None:
+            self._launch(batch)
+
+    def _route(self) -> None:
+        """Bring results back to their partitions. Only this thread touches what an open partition has collected."""
+        while (result := self._results.get()) is not None:
+            result()
+
+    def _write(self, writing: queue.Queue[Callable[[], None] | None]) -> None:
+        """Encode and publish, off the path of the samples."""
+        while (job := writing.get()) is not None:
+            with self.stages.time("write"):
+                job()
+
+    # What comes back, run by the router
+
+    def _embedded(self, batch: _Batch, wait: Callable[[], dict[str, NDArray[np.float32]]]) -> None:
+        with self.stages.time("device"):
+            outputs = wait()
+        finite_B = np.logical_and.reduce([np.isfinite(values_BD).all(axis=1) for values_BD in outputs.values()])
+        touched: dict[_Open, None] = {}
+        for slot, row in enumerate(batch.rows):
+            if row is None or row.opened.closed:
+                continue
+            if finite_B[slot]:
+                row.opened.rows[row.sample.index] = (row, outputs, slot)
+                touched[row.opened] = None
+            else:
+                error = SampleError("embed", "NotFinite", f"the embedding is not finite in {self._backbone.precision}")
+                self._quarantine(row.opened, row.sample, error)
+        self._batches.free(batch)
+        for opened in touched:
+            self._flush(opened)
+
+    def _quarantine(self, opened: _Open, sample: Sample, error: SampleError) -> None:
+        if opened.closed:
+            return
+        opened.quarantine.append(
+            Quarantined(
+                key=sample.key, shard=opened.shard.url, index=sample.index, offset=sample.offset,
+                stage=error.stage, error=error.error, message=error.message[:500],
+            )
+        )  # fmt: skip
+        opened.rows[sample.index] = None
+        self._flush(opened)
+
+    def _end(self, opened: _Open, num_read: int) -> None:
+        opened.num_read = num_read
+        self._flush(opened)
+
+    def _flush(self, opened: _Open) -> None:
+        """Hand the rows that are complete and in order to the writer; the rest when the shard is complete."""
+        opened.collect()
+        while len(opened.ordered) >= self._rows_per_group:
+            group, opened.ordered = opened.ordered[: self._rows_per_group], opened.ordered[self._rows_per_group :]
+            self._in_writer(opened, lambda group=group: self._write_group(opened, group))  # type: ignore[misc]
+        if opened.num_read is not None and opened.next_index == opened.num_read and not opened.closed:
+            opened.closed = True
+            self._in_writer(opened, lambda: self._publish(opened))
+
+    def _fail(self, opened: _Open, error: BaseException) -> None:
+        """Give a shard up, after what its writer is doing with it."""
+        opened.closed = True
+        self._in_writer(opened, lambda: self._finish(opened, error))
+
+    def _in_writer(self, opened: _Open, job: Callable[[], None]) -> None:
+        def guarded() -> None:
+            if not opened.future.done():
+                try:
+                    job()
+                except BaseException as error:
+                    self._finish(opened, error)
+
+        self._writing[opened.writer_number].put(guarded)
+
+    # Jobs of a writer
+
+    def _write_group(self, opened: _Open, group: Sequence[_Placed]) -> None:
+        if opened.writer is None:
+            opened.start(self._output, self._settings.dataset_url, self._schema, self._backbone, self._layout)
+        assert opened.writer is not None, "start() made it"
+        opened.writer.write(*_columns(opened.shard.url, group, self._schema, self._backbone.recipe.widths))
+
+    def _publish(self, opened: _Open) -> None:
+        if opened.ordered or opened.writer is None:
+            self._write_group(opened, opened.ordered)
+        # Before anyone can see the partition: whatever this model did to itself, no row of it gets out.
+        self._backbone.check_frozen()
+        self._finish(opened, opened.publish(self._output, self._settings.dataset_url, self._backbone, self._layout))
+
+    # Ends
+
+    def _finish(self, opened: _Open, result: Partition | BaseException) -> None:
+        with self._lock:
+            self._open.discard(opened)
+        opened.closed = True
+        if isinstance(result, BaseException):
+            opened.abort()
+            if not opened.future.done():
+                opened.future.set_exception(result)
+        else:
+            opened.future.set_result(result)
+
+    def _guarded(self, role: Callable[..., None], *arguments: Any) -> None:
+        """A thread that dies takes the loop with it: every open shard fails, none hangs."""
+        try:
+            role(*arguments)
+        except BaseException as error:
+            with self._lock:
+                self._failure = error
+                opened = list(self._open)
+            for each in opened:
+                self._finish(each, error)
+
+
+@dataclass(slots=True)
+class _Row:
+    """A sample that has a slot."""
+
+    opened: _Open
+    sample: Sample
+    content_hash: str
+    width: int
+    height: int
+
+
+_Placed = tuple[_Row, dict[str, "NDArray[np.float32]"], int]
+"""A row, the outputs of its batch, and its slot in them."""
+
+
+@dataclass(eq=False)
+class _Open:
+    """A shard that is being extracted."""
+
+    shard: Shard
+    writer_number: int
+    future: Future[Partition] = field(default_factory=Future)
+    rows: dict[int, _Placed | None] = field(default_factory=dict)
+    """By index, until all before it are there; None where the sample is in quarantine."""
+    ordered: list[_Placed] = field(default_factory=list)
+    quarantine: list[Quarantined] = field(default_factory=list)
+    next_index: int = 0
+    num_read: int | None = None
+    closed: bool = False
+    writer: PartitionWriter | None = None
+    path: str = ""
+    _upload: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _file: Any = None
+
+    def collect(self) -> None:
+        """Move the rows that continue the order."""
+        while self.next_index in self.rows:
+            placed = self.rows.pop(self.next_index)
+            self.next_index += 1
+            if placed is not None:
+                self.ordered.append(placed)
+
+    def start(self, output: Store, dataset_url: str, schema: pa.Schema, backbone: Backbone, layout: Layout) -> None:
+        recipe = backbone.recipe
+        name = partition.identity(self.shard.url, self.shard.fingerprint, recipe.recipe_id, layout.layout_id)
+        self.path = partition.new_path(name)
+        self._file = self._upload.enter_context(output.publish(join(dataset_url, self.path)))
+        self.writer = PartitionWriter(self._file, schema, rounded=recipe.rounded)
+
+    def publish(self, output: Store, dataset_url: str, backbone: Backbone, layout: Layout) -> Partition:
+        """Write the footer and make the file visible."""
+        assert self.writer is not None and self.num_read is not None, "all rows were written"
+        finished = Partition(
+            path=self.path, num_bytes=0, shard=self.shard.url, fingerprint=self.shard.fingerprint,
+            recipe_id=backbone.recipe.recipe_id, layout_id=layout.layout_id, num_rows=self.writer.num_rows,
+            num_read=self.num_read, num_embedded=self.writer.num_rows, num_carried_over=0, num_quarantined=len(self.quarantine),
+        )  # fmt: skip
+        if not finished.reconciles:
+            raise GuardError(f"{self.shard.url}: {finished.num_read} samples were read, but {finished} accounts for others")
+        self.quarantine.sort(key=lambda row: row.index)
+        rows = partition.write_quarantine(output, dataset_url, self.path, self.quarantine)
+        self.writer.close(partition.footer(finished, backbone.recipe, layout, rows))
+        num_bytes = self._file.tell()
+        self._upload.close()
+        return Partition(**{name: getattr(finished, name) for name in finished.__slots__} | {"num_bytes": num_bytes})
+
+    def abort(self) -> None:
+        """Leave nothing visible behind."""
+        self.rows.clear()
+        self.ordered.clear()
+        with contextlib.suppress(_Abandoned), self._upload:
+            raise _Abandoned
+
+
+class _Abandoned(Exception):
+    """Makes `Store.publish` discard what it has."""
+
+
+class _Batch:
+    """Slots for pictures, filled by several workers."""
+
+    def __init__(self, backbone: Backbone, batch_size: int) -> None:
+        self.images_BHWC = backbone.new_batch(batch_size)
+        self.rows: list[_Row | None] = [None] * batch_size
+        self.num_placed = 0
+        self._num_settled = 0
+        self._num_expected = batch_size
+        self._lock = threading.Lock()
+
+    def settle(self, count: int) -> bool:
+        """Count slots whose sample was decoded or refused; True for the call that completes the batch."""
+        with self._lock:
+            self._num_settled += count
+            return count > 0 and self._num_settled == self._num_expected
+
+    def seal(self) -> bool:
+        """Expect no more than what was placed; False while a worker still has a slot of it in hand."""
+        with self._lock:
+            if self._num_settled < self.num_placed:
+                return False
+            self._num_expected = self.num_placed
+            return True
+
+    def reset(self) -> None:
+        self.rows = [None] * len(self.rows)
+        self.num_placed, self._num_settled, self._num_expected = 0, 0, len(self.rows)
+
+
+class _Batches:
+    """A fixed number of batches, one of them open."""
+
+    def __init__(self, backbone: Backbone, batch_size: int, count: int) -> None:
+        self._batch_size = batch_size
+        self._free: queue.SimpleQueue[_Batch] = queue.SimpleQueue()
+        for _ in range(count):
+            self._free.put(_Batch(backbone, batch_size))
+        self._open: _Batch | None = None
+        self._lock = threading.Lock()
+
+    def place(self, count: int) -> list[tuple[_Batch, int]]:
+        """The next `count` slots; waits for a batch to come back where there is none."""
+        slots = []
+        with self._lock:
+            for _ in range(count):
+                if self._open is None:
+                    self._open = self._free.get()
+                batch = self._open
+                slots.append((batch, batch.num_placed))
+                batch.num_placed += 1
+                if batch.num_placed == self._batch_size:
+                    self._open = None
+        return slots
+
+    def seal(self) -> _Batch | None:
+        """Take the open batch away, if there is one and nobody is filling it."""
+        with self._lock:
+            if self._open is None or not self._open.seal():
+                return None
+            batch, self._open = self._open, None
+            return batch
+
+    def free(self, batch: _Batch) -> None:
+        batch.reset()
+        self._free.put(batch)
+
+
+class _ByteBudget:
+    """Lets fetchers run ahead of workers by so many bytes, or by one chunk where that is larger."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._used, self._changed = limit, 0, threading.Condition()
+
+    def acquire(self, num_bytes: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._used == 0 or self._used + num_bytes <= self._limit)
+            self._used += num_bytes
+
+    def release(self, num_bytes: int) -> None:
+        with self._changed:
+            self._used -= num_bytes
+            self._changed.notify_all()
+
+
+def _columns(
+    shard_url: str, group: Sequence[_Placed], schema: pa.Schema, widths: Mapping[str, int]
+) -> tuple[dict[str, list[Any]], dict[str, NDArray[np.float32]]]:
+    """Rows as columns: values by name, and (N, D) float32 by embedding column."""
+    samples = [row.sample for row, _, _ in group]
+    columns: dict[str, list[Any]] = {
+        "key": [sample.key for sample in samples],
+        "shard": [shard_url] * len(group),
+        "index": [sample.index for sample in samples],
+        "url": [sample.url for sample in samples],
+        "offset": [sample.offset for sample in samples],
+        "nbytes": [sample.nbytes for sample in samples],
+        "content_hash": [row.content_hash for row, _, _ in group],
+        "width": [row.width for row, _, _ in group],
+        "height": [row.height for row, _, _ in group],
+    }
+    for name in schema.names:
+        if name not in columns and name not in widths:
+            columns[name] = [sample.columns.get(name) for sample in samples]
+    embeddings = {}
+    for name, width in widths.items():
+        embeddings[name] = np.empty((len(group), width), np.float32)
+        for position, (_, outputs, slot) in enumerate(group):
+            embeddings[name][position] = outputs[name][slot]
+    return columns, embeddings

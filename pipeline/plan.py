@@ -1,0 +1,133 @@
+"""What a run has to do: the source as it is now against the dataset as it was committed.
+
+An anti-join between a listing and the log's partition values. A shard whose fingerprint, recipe and layout the log names is
+left alone; one that a finished partition waits for is adopted; the rest is extracted; what the source no longer has is
+removed. Nothing is opened but the footers of partitions to adopt, and nothing is changed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from pipeline.dataset import partition
+from pipeline.dataset.partition import Partition
+from pipeline.dataset.table import Entry, Table
+from pipeline.errors import StorageError
+from pipeline.recipe import Layout, Recipe, differences
+from pipeline.source import Shard
+from pipeline.storage import FileStat, Store, join
+
+logger = logging.getLogger(__name__)
+
+ADOPT_WITHIN = datetime.timedelta(days=3)
+"""Finished partitions that no version names are taken over while they are younger; `vacuum` removes them at 7 days."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Plan:
+    """Shards by what happens to them. The driver's memory for it: about 1 kB a shard."""
+
+    extract: list[Shard] = field(default_factory=list)
+    adopt: list[Partition] = field(default_factory=list)
+    """Finished by a run that did not commit."""
+    unchanged: list[Entry] = field(default_factory=list)
+    replaced: list[Entry] = field(default_factory=list)
+    """Committed partitions of shards that are extracted or adopted anew."""
+    removed: list[Entry] = field(default_factory=list)
+    """Committed partitions of shards that the source no longer has."""
+    reasons: list[str] = field(default_factory=list)
+    """Why everything is done anew: the fields in which recipe or layout differ."""
+    num_new: int = 0
+    """Of the shards to extract or adopt, those that the dataset does not have yet."""
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether recipe or layout changed: then no committed partition stays, and a commit needs every shard."""
+        return bool(self.reasons)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the source."""
+        return len(self.extract) + len(self.adopt) + len(self.unchanged)
+
+    @property
+    def num_bytes(self) -> int:
+        """Encoded bytes to read."""
+        return sum(shard.num_bytes for shard in self.extract)
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether the dataset already is what is wanted."""
+        return not (self.extract or self.adopt or self.removed)
+
+    @property
+    def removed_share(self) -> float:
+        """Share of the dataset's rows whose shards are gone."""
+        before = sum(entry.num_rows for entry in [*self.unchanged, *self.replaced, *self.removed])
+        return sum(entry.num_rows for entry in self.removed) / before if before else 0.0
+
+
+def make(shards: Iterable[Shard], table: Table | None, recipe: Recipe, layout: Layout, store: Store, dataset_url: str) -> Plan:
+    """Compare the source's shards with a version of the dataset (None: there is none yet).
+
+    Args:
+        shards: the source's listing; a shard that is listed twice counts once.
+        store: where the dataset lies, to look for partitions to adopt.
+    """
+    plan = Plan()
+    if table is not None:
+        plan.reasons += [f"recipe: {each}" for each in differences(table.recipe_fields, recipe.fields)]
+        plan.reasons += [f"layout: {each}" for each in differences(table.layout_fields, layout.fields)]
+    committed = {entry.shard: entry for entry in table.entries} if table is not None else {}
+    wanted: dict[str, Shard] = {}
+    seen: set[str] = set()
+    for shard in shards:
+        if shard.url in seen:
+            continue
+        seen.add(shard.url)
+        entry = committed.pop(shard.url, None)
+        want = (shard.fingerprint, recipe.recipe_id, layout.layout_id)
+        if entry is not None and (entry.fingerprint, entry.recipe_id, entry.layout_id) == want:
+            plan.unchanged.append(entry)
+            continue
+        if entry is None:
+            plan.num_new += 1
+        else:
+            plan.replaced.append(entry)
+        wanted[partition.identity(shard.url, *want)] = shard
+    plan.removed = list(committed.values())
+    if wanted:
+        plan.adopt = list(_adoptable(wanted, store, dataset_url))
+    adopted = {each.shard for each in plan.adopt}
+    plan.extract = [shard for shard in wanted.values() if shard.url not in adopted]
+    return plan
+
+
+def _adoptable(wanted: dict[str, Shard], store: Store, dataset_url: str) -> Iterator[Partition]:
+    """Finished partitions of the wanted work, one for each shard: a name that fits, young enough, and a footer that agrees."""
+    found: set[str] = set()
+    for file in _candidates(wanted, store, dataset_url):
+        name = partition.identity_of(file.url)
+        if name is None or name in found:
+            continue
+        path = f"{partition.DATA_FOLDER}/{file.url.rpartition('/')[2]}"
+        try:
+            candidate = partition.partition_of(path, file.num_bytes, partition.read_footer(store, file))
+        except (StorageError, KeyError) as error:
+            logger.warning("%s is left alone: %s", path, error)
+            continue
+        shard = wanted[name]
+        if candidate.shard == shard.url and candidate.fingerprint == shard.fingerprint and candidate.reconciles:
+            found.add(name)
+            yield candidate
+
+
+def _candidates(wanted: dict[str, Shard], store: Store, dataset_url: str) -> list[FileStat]:
+    """Files in the data folder that carry a wanted name and are young enough; one listing."""
+    files = store.list(join(dataset_url, partition.DATA_FOLDER), missing_ok=True)
+    oldest = time.time() - ADOPT_WITHIN.total_seconds()
+    return [file for file in files if partition.identity_of(file.url) in wanted and file.modified > oldest]

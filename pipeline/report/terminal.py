@@ -1,0 +1,161 @@
+"""A run on the terminal: a progress bar where somebody watches, plain lines elsewhere, and a summary that fits a screen.
+
+Everything here goes to stderr, but for the summary and the tables: those are the command's result and go to stdout.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from pipeline.extract.actors import Result
+    from pipeline.plan import Plan
+
+LINE_EVERY_S = 10.0
+
+
+class Watch:
+    """Tells how a run comes along. A context manager, and the driver's `Observer`."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._start = self._last_line = time.monotonic()
+        self._num_images = self._num_quarantined = self._num_failed = self._num_done = self._num_shards = 0
+        self._bytes_done = self._bytes_total = 0
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop_bar()
+
+    def planned(self, plan: Plan) -> None:
+        """The plan stands; extraction begins."""
+        self._stop_bar()
+        self.note(plan_line(plan))
+        if not plan.extract:
+            return
+        self._num_done, self._num_shards = 0, len(plan.extract)
+        self._bytes_done, self._bytes_total = 0, plan.num_bytes
+        if self._console.is_terminal:
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("shards"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("starting actors", total=len(plan.extract))
+            self._bar.start()
+
+    def finished(self, result: Result, num_actors: int) -> None:
+        """One shard is done, or has failed."""
+        now = time.monotonic()
+        if self._num_done == 0 and self._num_images == 0:
+            self._start = min(self._start, now)
+        self._num_done += 1
+        self._bytes_done += result.shard.num_bytes
+        if result.partition is not None:
+            self._num_images += result.partition.num_rows
+            self._num_quarantined += result.partition.num_quarantined
+        else:
+            self._num_failed += 1
+        rate = self._num_images / max(now - self._start, 1e-9)
+        state = f"{self._num_images:,} images, {rate:,.0f}/s, {self._num_quarantined} quarantined, {num_actors} actors"
+        if self._num_failed:
+            state += f", {self._num_failed} shards failed"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._num_done, description=state)
+        elif now - self._last_line >= LINE_EVERY_S or self._num_done == self._num_shards:
+            self._last_line = now
+            left = (now - self._start) * (self._bytes_total - self._bytes_done) / max(self._bytes_done, 1)
+            self.note(f"{self._num_done}/{self._num_shards} shards, {state}, about {duration(left)} left")
+
+    def note(self, text: str) -> None:
+        """A line for a person."""
+        self._console.print(Text(text), highlight=False, soft_wrap=True)
+
+    def _stop_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def plan_line(plan: Plan) -> str:
+    """The plan in a line."""
+    parts = [f"{len(plan.extract)} shards to extract ({size(plan.num_bytes)})"]
+    if plan.adopt:
+        parts.append(f"{len(plan.adopt)} to adopt")
+    parts.append(f"{len(plan.unchanged)} unchanged")
+    if plan.removed:
+        parts.append(f"{len(plan.removed)} removed")
+    why = f"; everything anew, because {'; '.join(plan.reasons)}" if plan.rewrites else ""
+    return f"Plan: {', '.join(parts)}{why}"
+
+
+def show_run(summary: dict[str, Any]) -> None:
+    """The summary of a run that is over."""
+    images, shards, probe = summary["images"], summary["shards"], summary["probe"]
+    output = summary["output"].removeprefix("file://")
+    rows = []
+    embedded = (
+        f"{images['embedded']:,} embedded, {images['carried_over']:,} carried over, {images['quarantined']:,} quarantined"
+    )
+    rows.append(("images", embedded))
+    rows.append(("shards", ", ".join(f"{count:,} {name}" for name, count in shards.items() if count or name == "extracted")))
+    speed = f", {summary['images_per_second']:,.0f} images/s, bound by {summary['bound_by']}" if summary["bound_by"] else ""
+    rows.append(("time", f"{duration(summary['seconds'])}{speed}"))
+    if summary["version"] is None:
+        rows.append(("dataset", f"{output}: no version yet"))
+    else:
+        state = "committed" if summary["committed"] else "already up to date" if not summary["error"] else "stays"
+        rows.append(("dataset", f"{output}  version {summary['version']} {state}, {images['total']:,} rows"))
+    if probe:
+        low, high = probe.get("interval_low"), probe.get("interval_high")
+        between = f" (95 % between {low:.3f} and {high:.3f})" if low is not None and high is not None else ""
+        rows.append(
+            ("probe", f"test accuracy {probe['test_accuracy']:.3f}{between}, C = {probe['C']:.3g}, {probe['num_test']} tested")
+        )
+        rows += [("", f"warning: {warning}") for warning in probe["warnings"]]
+    if summary["version"] is not None and not summary["error"]:
+        rows.append(("next", f"pipeline status {output}"))
+        rows.append(("", f"python -c \"import pipeline; print(pipeline.open_dataset('{output}').to_numpy())\""))
+    show_pairs(rows)
+
+
+def show_pairs(rows: list[tuple[str, str]]) -> None:
+    """Names and values, aligned; values are data and never markup, and their lines are never broken."""
+    console = Console(highlight=False)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        console.print(Text.assemble((name.ljust(width), "bold"), "  ", value), soft_wrap=True)
+
+
+def size(num_bytes: float) -> str:
+    """`1.5 GB`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if num_bytes < 1000 or unit == "TB":
+            break
+        num_bytes /= 1000
+    return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 20 s`, `2 h 5 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,86 @@
+"""Loose image files, gathered into stable groups that play the part of shards.
+
+Paths are sorted; a group ends before a path whose hash is 0 modulo `group_size`, and after 4 x `group_size` files. So a
+file that is added or removed changes one group, whatever happens elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pipeline.config import Source
+from pipeline.errors import ConfigError, SampleError, ShardChanged
+from pipeline.recipe import digest
+from pipeline.source.sample import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Sample, Shard, arrow_type, convert
+from pipeline.storage import FileStat, Store
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MAX_GROUP = 4
+"""Times `group_size`."""
+
+
+def fields(source: Source, store: Store) -> list[pa.Field]:
+    """See `Format.fields`."""
+    import pyarrow as pa
+
+    if source.columns:
+        raise ConfigError("source.columns: loose files carry no columns; leave it out")
+    if source.label not in (None, "folder"):
+        raise ConfigError(f"source.label: {source.label!r} is wrong for loose files; allowed: folder, or nothing")
+    return [pa.field("label", arrow_type(source.label_type or "string"))] if source.label else []
+
+
+def shards(source: Source, store: Store) -> Iterator[Shard]:
+    """Groups of the image files at each URL."""
+    seen: set[str] = set()  # URLs of a list may overlap: a file belongs to the first
+    for url in source.urls:
+        root = _root(store.absolute(url))
+        files = sorted((f for f in store.list(url) if f.url not in seen and _is_image(f.url, source)), key=lambda f: f.url)
+        if len(source.urls) > 1:
+            seen.update(file.url for file in files)
+        group: list[FileStat] = []
+        for file in files:
+            boundary = int(digest(file.url)[:16], 16) % source.group_size == 0
+            if group and (boundary or len(group) >= MAX_GROUP * source.group_size):
+                yield Shard(url=group[0].url, files=tuple(group), root=root)
+                group = []
+            group.append(file)
+        if group:
+            yield Shard(url=group[0].url, files=tuple(group), root=root)
+
+
+def read(source: Source, store: Store, shard: Shard) -> Iterator[Sample]:
+    """See `Format.read`."""
+    for index, file in enumerate(shard.files):
+        sample = Sample(key=file.url.removeprefix(shard.root), index=index, url=file.url, offset=0, nbytes=file.num_bytes)
+        if file.num_bytes > MAX_IMAGE_BYTES:
+            sample.error = SampleError("read", "TooLarge", f"has {file.num_bytes} bytes; at most {MAX_IMAGE_BYTES} are read")
+        else:
+            with store.open(file) as handle:
+                sample.image = handle.read()
+            if len(sample.image) != file.num_bytes:
+                raise ShardChanged(f"{file.url}: was written anew since it was listed")
+        if source.label:
+            try:
+                sample.columns = {"label": convert(file.url.split("/")[-2], source.label_type or "string", "label")}
+            except SampleError as error:
+                sample.error = sample.error or error
+        yield sample
+
+
+def _is_image(url: str, source: Source) -> bool:
+    extension = url.rpartition("/")[2].rpartition(".")[2].lower()
+    return extension == source.image.lower() if source.image else extension in IMAGE_EXTENSIONS
+
+
+def _root(url: str) -> str:
+    """The part of a URL that every match shares: up to the last slash before a glob, or the folder itself."""
+    fixed = re.split(r"[*?\[]", url, maxsplit=1)[0]
+    if fixed != url:
+        return fixed[: fixed.rfind("/") + 1]
+    name = url.rpartition("/")[2]
+    return url[: -len(name)] if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS else url.rstrip("/") + "/"

@@ -1,0 +1,136 @@
+"""What a source consists of: shards, their samples, and the columns that samples carry."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipeline.config import Source
+from pipeline.errors import SampleError
+from pipeline.recipe import digest
+from pipeline.storage import FileStat, Store
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff"})
+MAX_IMAGE_BYTES = 256 << 20
+"""An encoded image above this is quarantined unread: it would have to be held whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One unit of input that is read whole: an object, or a stable group of loose files."""
+
+    url: str
+    """The object; for a group its first file."""
+    files: tuple[FileStat, ...]
+    """What it is read from, as the listing saw it."""
+    root: str = ""
+    """Loose files: their keys are relative to this URL."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of URL, size and version of its files: changes when the content may have."""
+        return self.files[0].fingerprint if len(self.files) == 1 else digest(*(file.fingerprint for file in self.files))
+
+    @property
+    def num_bytes(self) -> int:
+        """Encoded size."""
+        return sum(file.num_bytes for file in self.files)
+
+
+@dataclass(slots=True, kw_only=True)
+class Sample:
+    """One image of a shard, still encoded, or what is known of one that cannot be read."""
+
+    key: str
+    index: int
+    """Position in the shard."""
+    url: str
+    """The object that holds the image."""
+    image: bytes = b""
+    offset: int | None = None
+    """Of the encoded image in the object; None where its bytes are not contiguous."""
+    nbytes: int | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Label and carried columns by name."""
+    error: SampleError | None = None
+    """Why there is no image."""
+
+
+class Format(Protocol):
+    """One container format: a module with these three functions."""
+
+    def fields(self, source: Source, store: Store) -> list[pa.Field]:
+        """Arrow fields of the label, if there is one, and of the carried columns."""
+        ...
+
+    def shards(self, source: Source, store: Store) -> Iterator[Shard]:
+        """What there is to read now. Opens no shard."""
+        ...
+
+    def read(self, source: Source, store: Store, shard: Shard) -> Iterator[Sample]:
+        """The samples in order, streamed. A sample that cannot be read has an `error`.
+
+        Raises:
+            ShardError: the container itself cannot be read.
+            ShardChanged: it is no longer what was listed.
+        """
+        ...
+
+
+_CONVERT: dict[str, Callable[[Any], Any]] = {"int64": int, "float64": float}
+_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def arrow_type(name: str) -> pa.DataType:
+    """Arrow type of a column type of the config."""
+    import pyarrow as pa
+
+    return {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}[name]
+
+
+def convert(value: Any, type_name: str, column: str) -> Any:
+    """A text or JSON value as the column's type; None stays None.
+
+    Raises:
+        SampleError: it is not of that type.
+    """
+    if value is None:
+        return None
+    if type_name == "string":
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    try:
+        if type_name == "bool":
+            return value if isinstance(value, bool) else _TRUTH[str(value).strip().lower()]
+        if isinstance(value, float) and type_name == "int64" and not value.is_integer():
+            raise ValueError
+        return _CONVERT[type_name](value)
+    except (ValueError, TypeError, KeyError, OverflowError):
+        raise SampleError("label", "WrongType", f"column {column}: {str(value)[:80]!r} is not {type_name}") from None
+
+
+def select(siblings: Mapping[str, bytes], selector: str) -> Any:
+    """The value that `ext` or `ext.field.field` names among the siblings of an image; None where it is missing.
+
+    Raises:
+        SampleError: the sibling is not UTF-8 text, or not JSON where a field of it is asked for.
+    """
+    extension, _, path = selector.partition(".")
+    raw = siblings.get(extension)
+    if raw is None:
+        return None
+    try:
+        text = raw.decode("utf-8")
+        if not path:
+            return text.strip()
+        value = json.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise SampleError("label", type(error).__name__, f"sibling .{extension}: {error}") from None
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value

@@ -1,0 +1,430 @@
+"""Bytes in and out of any fsspec URL: list, read while unchanged, publish whole or not at all.
+
+A `Store` is only settings, so it can be sent to another process: the filesystem is made inside the process that uses it.
+Listings are never cached. What is opened is checked against what was listed. Transient errors are tried again, everything
+else becomes a `StorageError` that names the URL and holds no secret.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import datetime
+import io
+import os
+import random
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+
+from pipeline.config import Storage
+from pipeline.errors import ShardChanged, StorageError
+from pipeline.recipe import digest
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+T = TypeVar("T")
+
+PIECE_BYTES = 8 << 20
+"""Large objects are read in pieces of this size, `READ_AHEAD` of them ahead of need."""
+READ_AHEAD = 2
+ONE_PUT_BYTES = 64 << 20
+"""Up to this size an object is published by one PUT, above it by a multipart upload."""
+ATTEMPTS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileStat:
+    """One object as a listing saw it."""
+
+    url: str
+    num_bytes: int
+    version: str
+    """`etag:…` where the store gives one, else `stat:mtime_ns,ctime_ns,inode`: changes when the content may have."""
+    modified: float = field(default=0.0, compare=False)
+    """Seconds since the epoch; 0 where the store does not say."""
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex digits over URL, size and version."""
+        return digest(self.url, str(self.num_bytes), self.version)
+
+
+class Store:
+    """How to reach one place. Picklable; holds no connection until it is used."""
+
+    def __init__(self, settings: Storage | None = None) -> None:
+        self.settings = settings or Storage()
+        self._filesystems: dict[str, AbstractFileSystem] = {}
+
+    def __reduce__(self) -> tuple[type[Store], tuple[Storage]]:
+        return Store, (self.settings,)
+
+    def locate(self, url: str) -> tuple[AbstractFileSystem, str]:
+        """The filesystem for `url`, made once in this process, and the path in it."""
+        import fsspec
+
+        protocol = fsspec.utils.get_protocol(url)
+        if protocol not in self._filesystems:
+            try:
+                self._filesystems[protocol] = fsspec.filesystem(protocol, skip_instance_cache=True, **self._arguments(protocol))
+            except (ImportError, ValueError) as error:
+                raise StorageError(f"{url}: {error}") from None
+        fs = self._filesystems[protocol]
+        return fs, str(fs._strip_protocol(url))
+
+    def _arguments(self, protocol: str) -> dict[str, Any]:
+        settings, arguments = self.settings, dict(self.settings.options)
+        if protocol in {"s3", "s3a"}:
+            arguments["use_listings_cache"] = False
+            if settings.endpoint_url:
+                arguments["endpoint_url"] = settings.endpoint_url
+            if settings.profile:
+                arguments["profile"] = settings.profile
+            if settings.anonymous:
+                arguments["anon"] = True
+        return arguments
+
+    def absolute(self, url: str) -> str:
+        """The one spelling of a URL that goes into the dataset, with its protocol."""
+        fs, path = self.locate(url)
+        return str(fs.unstrip_protocol(path))
+
+    def delta_options(self, url: str) -> dict[str, str]:
+        """The same settings as deltalake's own object store wants them."""
+        import fsspec
+
+        settings = self.settings
+        if fsspec.utils.get_protocol(url) not in {"s3", "s3a"}:
+            return {name: value for name, value in settings.options.items() if isinstance(value, str)}
+        options = {}
+        endpoint = settings.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        if endpoint:
+            options["aws_endpoint"] = endpoint
+            options["aws_allow_http"] = str(endpoint.startswith("http://")).lower()
+        if settings.anonymous:
+            return options | {"aws_skip_signature": "true", "aws_region": "us-east-1"}
+        # botocore finds what s3fs finds: environment, profile, web identity, instance. One way in for both.
+        import botocore.session
+
+        session = botocore.session.Session(profile=settings.profile)
+        options["aws_region"] = session.get_config_variable("region") or "us-east-1"
+        given = settings.options
+        if "key" in given:
+            found = (given["key"], given["secret"], given.get("token"))
+        else:
+            credentials = session.get_credentials()
+            found = credentials.get_frozen_credentials()[:3] if credentials else (None, None, None)
+        names = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+        return options | {name: value for name, value in zip(names, found, strict=True) if value}
+
+    def redact(self, text: str) -> str:
+        """`text` without anything that was given as an option or stands in the environment as a credential."""
+        secrets = [value for value in self.settings.options.values() if isinstance(value, str) and len(value) > 3]
+        secrets += [value for name, value in os.environ.items() if re.search(r"SECRET|TOKEN|PASSWORD", name) and len(value) > 3]
+        for secret in secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    # Listing
+
+    def list(self, url: str, *, missing_ok: bool = False) -> Iterator[FileStat]:
+        """Every file at `url`: the file itself, all files below a folder, or what a glob matches. Order is the store's.
+
+        Raises:
+            StorageError: nothing there, or the store refused.
+        """
+        import fsspec
+
+        fs, path = self.locate(url)
+        if fsspec.core.has_magic(path):
+            found = _retry(lambda: fs.glob(path, detail=True), url)
+        else:
+            # One listing serves folder and file; asking `info` first would cost a request and see a folder as missing on S3.
+            found = _retry(lambda: fs.find(path, detail=True), url)
+        if not found and not missing_ok:
+            raise StorageError(f"{url}: there is no such file or folder, or it is empty")
+        for name, info in found.items():
+            if info.get("type") == "file":
+                yield self._stat(fs, name, info)
+
+    def stat(self, url: str) -> FileStat:
+        """Size and version of one file now.
+
+        Raises:
+            StorageError: it does not exist, or the store refused.
+        """
+        fs, path = self.locate(url)
+        return self._stat(fs, path, _retry(lambda: fs.info(path), url))
+
+    def exists(self, url: str) -> bool:
+        """Whether there is a file or folder."""
+        fs, path = self.locate(url)
+        return bool(_retry(lambda: fs.exists(path), url))
+
+    @staticmethod
+    def _stat(fs: AbstractFileSystem, path: str, info: dict[str, Any]) -> FileStat:
+        return FileStat(
+            url=fs.unstrip_protocol(path),
+            num_bytes=int(info["size"] or 0),
+            version=_version(fs, path, info),
+            modified=_modified(info),
+        )
+
+    # Reading
+
+    def read(self, url: str) -> bytes:
+        """The whole of a small object."""
+        fs, path = self.locate(url)
+        return cast(bytes, _retry(lambda: fs.cat_file(path), url))
+
+    def read_range(self, url: str, start: int, num_bytes: int) -> bytes:
+        """One ranged read."""
+        fs, path = self.locate(url)
+        return cast(bytes, _retry(lambda: fs.cat_file(path, start=start, end=start + num_bytes), url))
+
+    def open(self, file: FileStat) -> BinaryIO:
+        """A seekable reader of the object that was listed; bounded pieces are read ahead of a sequential reader.
+
+        Raises:
+            ShardChanged: the object is no longer the one that was listed.
+            StorageError: it is gone, or the store refused.
+        """
+        fs, path = self.locate(file.url)
+        if _is_local(fs):
+            return self._open_local(file, path)
+        if self.stat(file.url).version != file.version:
+            raise ShardChanged(f"{file.url}: was written anew since it was listed")
+        return cast(BinaryIO, io.BufferedReader(_Pieces(self, file), buffer_size=1 << 16))
+
+    @staticmethod
+    def _open_local(file: FileStat, path: str) -> BinaryIO:
+        def opened() -> BinaryIO:
+            # The system reads ahead by itself; 1 MiB keeps the number of calls low.
+            return open(path, "rb", buffering=1 << 20)
+
+        handle = _retry(opened, file.url)
+        if _local_version(os.fstat(handle.fileno())) != file.version:
+            handle.close()
+            raise ShardChanged(f"{file.url}: was written anew since it was listed")
+        return handle
+
+    # Writing
+
+    @contextlib.contextmanager
+    def publish(self, url: str) -> Iterator[BinaryIO]:
+        """A file to write that becomes visible whole when the block ends, and never when it raises.
+
+        Locally a temporary file in the same folder is synced and renamed; elsewhere one PUT up to `ONE_PUT_BYTES`, beyond
+        that a multipart upload that is aborted on error.
+        """
+        fs, path = self.locate(url)
+        writer: _LocalUpload | _Upload = _LocalUpload(path, url) if _is_local(fs) else _Upload(fs, path, url)
+        try:
+            yield cast(BinaryIO, writer)
+            writer.commit()
+        except BaseException:
+            writer.abort()
+            raise
+
+    def write(self, url: str, payload: bytes) -> None:
+        """Publish a small object."""
+        with self.publish(url) as file:
+            file.write(payload)
+
+    def delete(self, url: str) -> None:
+        """Remove one object; that it is gone already is fine."""
+        fs, path = self.locate(url)
+        with contextlib.suppress(FileNotFoundError):
+            _retry(lambda: fs.rm_file(path), url, missing_ok=True)
+
+    @cached_property
+    def readers(self) -> ThreadPoolExecutor:
+        """Threads that read pieces ahead, shared by the files that are open in this process."""
+        return ThreadPoolExecutor(8, thread_name_prefix="read-ahead")
+
+
+def join(url: str, *parts: str) -> str:
+    """Append path parts to a URL."""
+    return "/".join([url.rstrip("/"), *parts])
+
+
+class _Pieces(io.RawIOBase):
+    """A remote object as a seekable raw file, fetched in pieces ahead of a sequential reader."""
+
+    def __init__(self, store: Store, file: FileStat) -> None:
+        self._store, self._file, self._position = store, file, 0
+        self._pieces: collections.OrderedDict[int, Future[bytes]] = collections.OrderedDict()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.num_bytes}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        if self._position >= self._file.num_bytes:
+            return 0
+        number, offset = divmod(self._position, PIECE_BYTES)
+        piece = self._piece(number)
+        count = min(len(buffer), len(piece) - offset)
+        buffer[:count] = piece[offset : offset + count]
+        self._position += count
+        return count
+
+    def _piece(self, number: int) -> bytes:
+        last = (self._file.num_bytes - 1) // PIECE_BYTES
+        for wanted in range(number, min(number + READ_AHEAD, last) + 1):
+            if wanted not in self._pieces:
+                self._pieces[wanted] = self._store.readers.submit(self._fetch, wanted)
+        self._pieces.move_to_end(number)
+        while len(self._pieces) > READ_AHEAD + 2:
+            self._pieces.popitem(last=False)[1].cancel()
+        return self._pieces[number].result()
+
+    def _fetch(self, number: int) -> bytes:
+        start = number * PIECE_BYTES
+        num_bytes = min(PIECE_BYTES, self._file.num_bytes - start)
+        return self._store.read_range(self._file.url, start, num_bytes)
+
+    def close(self) -> None:
+        for piece in self._pieces.values():
+            piece.cancel()
+        self._pieces.clear()
+        super().close()
+
+
+class _LocalUpload(io.FileIO):
+    """A temporary file beside its target."""
+
+    def __init__(self, path: str, url: str) -> None:
+        self._target, self._url = Path(path), url
+        self._temporary = self._target.with_name(f".{self._target.name}.{uuid.uuid4().hex}.tmp")
+
+        def create() -> None:
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            super(_LocalUpload, self).__init__(self._temporary, "wb")
+
+        _retry(create, url)
+
+    def commit(self) -> None:
+        os.fsync(self.fileno())
+        self.close()
+        os.replace(self._temporary, self._target)
+
+    def abort(self) -> None:
+        self.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+class _Upload(io.RawIOBase):
+    """Collects one PUT; turns into a multipart upload when that grows too large."""
+
+    def __init__(self, fs: AbstractFileSystem, path: str, url: str) -> None:
+        self._fs, self._path, self._url = fs, path, url
+        self._buffer, self._position = bytearray(), 0
+        self._multipart: Any = None
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, payload: Any) -> int:
+        view = memoryview(payload).cast("B")
+        self._position += len(view)
+        if self._multipart is None and self._position > ONE_PUT_BYTES:
+            # autocommit=False: closing uploads the parts, only commit() makes the object visible.
+            self._multipart = self._fs.open(self._path, "wb", block_size=ONE_PUT_BYTES, autocommit=False)
+            self._multipart.write(bytes(self._buffer))
+            self._buffer.clear()
+        if self._multipart is not None:
+            self._multipart.write(view)
+        else:
+            self._buffer += view
+        return len(view)
+
+    def commit(self) -> None:
+        if self._multipart is None:
+            _retry(lambda: self._fs.pipe_file(self._path, bytes(self._buffer)), self._url)
+        else:
+            self._multipart.close()
+            _retry(self._multipart.commit, self._url)
+
+    def abort(self) -> None:
+        if self._multipart is not None:
+            with contextlib.suppress(Exception):  # the error that led here is the one to report
+                self._multipart.discard()
+            self._multipart.closed = True  # or its destructor would publish what there is
+
+
+def _is_local(fs: AbstractFileSystem) -> bool:
+    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+    return "file" in protocols
+
+
+def _local_version(stat: os.stat_result) -> str:
+    return f"stat:{stat.st_mtime_ns},{stat.st_ctime_ns},{stat.st_ino}"
+
+
+def _version(fs: AbstractFileSystem, path: str, info: dict[str, Any]) -> str:
+    if _is_local(fs):
+        return _local_version(os.stat(path))
+    for name in ("ETag", "etag", "e_tag", "generation", "md5Hash", "content_md5"):
+        if info.get(name):
+            return f"etag:{str(info[name]).strip(chr(34))}"
+    for name in ("mtime", "LastModified", "last_modified", "created", "updated"):
+        if info.get(name):
+            return f"stat:{info[name]}"
+    return "stat:"
+
+
+def _modified(info: dict[str, Any]) -> float:
+    for name in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        when = info.get(name)
+        if isinstance(when, datetime.datetime):
+            return when.timestamp()
+        if isinstance(when, (int, float)):
+            return float(when)
+    return 0.0
+
+
+def _retry(attempt: Callable[[], T], url: str, missing_ok: bool = False) -> T:
+    """Run `attempt`; try again with jitter where the error may pass, else raise a `StorageError` that names `url`."""
+    for number in range(ATTEMPTS):
+        try:
+            return attempt()
+        except FileNotFoundError:
+            if missing_ok:
+                raise
+            raise StorageError(f"{url}: there is no such file or folder") from None
+        except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+            raise StorageError(f"{url}: {error.strerror or error}") from None
+        except Exception as error:
+            if number == ATTEMPTS - 1 or not _transient(error):
+                raise StorageError(f"{url}: {type(error).__name__}: {error}") from None
+        time.sleep(random.uniform(0.5, 1.0) * 0.2 * 4**number)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _transient(error: Exception) -> bool:
+    """Whether the same request may succeed later: network trouble, throttling, a server's own failure."""
+    return isinstance(error, (ConnectionError, TimeoutError, OSError)) or type(error).__module__.partition(".")[0] in {
+        "aiohttp", "botocore", "aiobotocore",
+    }  # fmt: skip
