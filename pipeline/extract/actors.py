@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import config
 from pipeline.dataset.partition import Partition
-from pipeline.errors import GuardError, PipelineError, ShardChanged, StorageError
+from pipeline.errors import GuardError, IncompleteRun, PipelineError, ShardChanged, StorageError
 from pipeline.recipe import Recipe
 from pipeline.source import Shard, Source
 
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 SHARDS_IN_FLIGHT = 3
 """Shards that one actor has in hand: one being read, one to go on with, one whose last rows are still on their way. What
 one lost actor can cost."""
+MAX_STILLBORN = 3
+"""So many actors may die before the first one has started."""
 POLL_S = 5.0
 """How often the pool looks for nodes that joined."""
 CPU_BATCH, GPU_BATCH = 32, 256
@@ -54,7 +57,13 @@ class Result:
 class Extractor:
     """The loop in an actor. Device, threads and batch size are decided here, where the hardware is."""
 
-    def __init__(self, settings: config.Config, recipe: Recipe) -> None:
+    def start(self, settings: config.Config, recipe: Recipe, import_paths: list[str]) -> dict[str, Any]:
+        """Build the model and start the loop; where this actor runs and with what.
+
+        Not in the constructor: what that raises reaches the driver only as text.
+        """
+        # A model of one's own lies where the driver was started, which is not where Ray starts its workers.
+        sys.path.extend(path for path in import_paths if path not in sys.path)
         import torch
 
         from pipeline.extract.backbone import Backbone, Spec
@@ -75,7 +84,7 @@ class Extractor:
                 "backbone: this node builds another model than the driver does; are the same packages installed on all nodes?"
             )
         source = Source(settings.source)
-        self._info = {
+        info = {
             "pid": os.getpid(),
             "node": ray.get_runtime_context().get_node_id(),
             "gpus": [str(gpu) for gpu in gpus],
@@ -91,10 +100,7 @@ class Extractor:
             Store(settings.output.storage),
             Settings(dataset_url=settings.output.url, decode=settings.decode, batch_size=batch_size, num_workers=threads),
         )
-
-    def info(self) -> dict[str, Any]:
-        """Where this actor runs and with what."""
-        return self._info
+        return info
 
     def extract(self, shard: Shard) -> Result:
         """Extract one shard. Several calls run at once, so that batches are packed across shards."""
@@ -157,7 +163,7 @@ class Pool:
         self._starting: dict[Any, _Worker] = {}
         self._attempts: collections.Counter[str] = collections.Counter()
         self.seen: list[dict[str, Any]] = []
-        """`Extractor.info` of every actor that was ever ready."""
+        """What `Extractor.start` told of every actor that was ever ready."""
         self.num_lost = 0
         """Actors that died."""
 
@@ -207,16 +213,16 @@ class Pool:
         try:
             worker.info = ray.get(ref)
         except RayTaskError as error:
-            raise _cause(error) from None
-        except RayActorError as error:
-            self._workers.remove(worker)
-            self.num_lost += 1
-            # An actor whose constructor raised carries that error: it would raise it again, so the run ends with it.
+            # What `start` raises it would raise again, and on every node.
             cause = _cause(error)
             if isinstance(cause, PipelineError):
                 raise cause from None
-            if self.num_lost > 3 * max(1, len(self._workers)) and not self.seen:
-                raise StorageError(f"no actor starts: {str(error).splitlines()[0]}") from None
+            raise IncompleteRun(f"the actors cannot start: {type(cause).__name__}: {cause}") from None
+        except RayActorError as error:
+            self._workers.remove(worker)
+            self.num_lost += 1
+            if not self.seen and self.num_lost >= MAX_STILLBORN:
+                raise IncompleteRun(f"{self.num_lost} actors died before they had started: {_first_line(error)}") from None
             return
         worker.ready = True
         self.seen.append(worker.info)
@@ -278,16 +284,21 @@ class Pool:
         options: dict[str, Any] = {
             "num_cpus": 1,
             "num_gpus": num_gpus,
-            "max_concurrency": SHARDS_IN_FLIGHT + 1,  # and `info`
+            "max_concurrency": SHARDS_IN_FLIGHT,
             "max_restarts": 0,  # the pool replaces what dies: it has to hear of it
         }
         if place:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(place, soft=False)
         remote: Any = ray.remote(Extractor)
-        actor = remote.options(**options).remote(self._settings_ref, self._recipe)
+        actor = remote.options(**options).remote()
         worker = _Worker(actor, place)
         self._workers.append(worker)
-        self._starting[actor.info.remote()] = worker
+        import_paths = [path or os.getcwd() for path in sys.path]
+        self._starting[actor.start.remote(self._settings_ref, self._recipe, import_paths)] = worker
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -174,17 +174,15 @@ class Backbone:
         side = self.preprocess.crop
         generator = torch.Generator().manual_seed(0)
         pictures_BHWC = torch.randint(0, 256, (4, side, side, 3), dtype=torch.uint8, generator=generator)
-        among_others, alone = (
-            self.embed(pictures_BHWC),
-            self.embed(torch.cat([pictures_BHWC[:1], torch.zeros_like(pictures_BHWC[1:])])),
-        )
+        others_BHWC = torch.cat([pictures_BHWC[:1], torch.zeros_like(pictures_BHWC[1:])])
+        among_others, alone = self.embed(pictures_BHWC), self.embed(others_BHWC)
         for column, embeddings_BD in among_others.items():
             if embeddings_BD.requires_grad:
                 raise GuardError(f"backbone.nodes.{column}: the embedding carries a gradient")
             if embeddings_BD.shape[0] != len(pictures_BHWC):
                 raise BackboneError(
-                    f"backbone.nodes.{column}: node {self._nodes[column].node!r} gives {tuple(embeddings_BD.shape)} for a batch of "
-                    f"{len(pictures_BHWC)}; choose a node with one row per image"
+                    f"backbone.nodes.{column}: node {self._nodes[column].node!r} gives {tuple(embeddings_BD.shape)} for a "
+                    f"batch of {len(pictures_BHWC)}; choose a node with one row per image"
                 )
             first_D, second_D = embeddings_BD[0], alone[column][0]
             limit = _TOLERANCE[self.precision] * max(first_D.abs().max().item(), 1e-12)
@@ -200,9 +198,10 @@ class Backbone:
 def build(settings: config.Backbone) -> tuple[nn.Module, Preprocess]:
     """The model with its weights loaded, and the preprocessing that belongs to them. Not frozen yet."""
     provider, _, name = settings.model.partition("/")
-    if settings.weights.startswith("seed:"):
-        torch.manual_seed(int(settings.weights.partition(":")[2]))
-    model, preprocess, loaded = _PROVIDERS[provider](name, settings)
+    with torch.random.fork_rng(devices=[]):  # whoever calls this keeps their own random state
+        if settings.weights.startswith("seed:"):
+            torch.manual_seed(int(settings.weights.partition(":")[2]))
+        model, preprocess, loaded = _PROVIDERS[provider](name, settings)
     if not loaded:
         load_weights(model, settings.weights)
     return model, settings.preprocess or preprocess
@@ -224,7 +223,7 @@ def cut(model: nn.Module, nodes: Mapping[str, config.Node]) -> nn.Module:
     except Exception as error:  # tracing runs the model's own code, which can raise anything
         return _Hooked(model, nodes, f"{type(error).__name__}: {error}")
     # `layer4` names the last node below it: torchvision takes every prefix of a node's path.
-    names = dict.fromkeys(leaf.rsplit(".", cut)[0] for leaf in leaves for cut in range(leaf.count("."), -1, -1))
+    names = dict.fromkeys(leaf.rsplit(".", up)[0] for leaf in leaves for up in range(leaf.count("."), -1, -1))
     for column, node in nodes.items():
         if node.node not in names:
             hint = nearest(node.node, names) or f"the last ones are {', '.join(leaves[-5:])}"

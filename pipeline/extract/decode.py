@@ -11,6 +11,7 @@ turn into RGB itself, go through PIL.
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ SCRATCH_BYTES = 48 << 20
 MAX_ASPECT = 8
 """Beyond it only the part of the picture that the crop shows is resized: the whole would not fit into memory."""
 EXIF_SEARCH_BYTES = 1 << 18
+_JUNK = re.compile(r"(\d+) extraneous bytes before marker 0x(..)")
+_HEADER_MARKERS = frozenset([0xC0, 0xC1, 0xC2, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE])
 
 Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is checked from the header instead, before any pixel is decoded
 
@@ -74,7 +77,8 @@ class Decoder:
         except UnidentifiedImageError:
             raise SampleError("decode", "NotAnImage", f"not a picture in any of {', '.join(FORMATS)}") from None
         except Exception as error:  # a damaged file can make PIL's decoders raise nearly anything
-            raise SampleError("decode", type(error).__name__, f"cannot be decoded: {error}") from None
+            name = "Truncated" if "truncated" in str(error).lower() else "Corrupt"
+            raise SampleError("decode", name, f"cannot be decoded: {type(error).__name__}: {error}") from None
         self._fit(np.asarray(image), image.width, image.height, slot_HWC)
         return image.size
 
@@ -85,24 +89,18 @@ class Decoder:
         except ValueError:
             return None
         self._check_size(width, height)
-        if colorspace not in ("YCbCr", "Gray", "RGB"):
-            return None
+        is_rgb = colorspace in ("YCbCr", "Gray", "RGB")
         arguments: dict[str, Any] = {}
         if self._fast:
             # Keeps at least twice the target on both sides, so antialiasing still has pixels to average.
             arguments = {"min_height": 2 * self._preprocess.resize, "min_width": 2 * self._preprocess.resize}
-        if (num_bytes := width * height * 3) <= SCRATCH_BYTES:
+        if is_rgb and (num_bytes := width * height * 3) <= SCRATCH_BYTES:
             if self._scratch.size < num_bytes:
                 self._scratch = np.empty(num_bytes, np.uint8)
             arguments["buffer"] = self._scratch
-        try:
-            pixels_HWC = simplejpeg.decode_jpeg(data, "RGB", **arguments)
-        except ValueError as error:
-            # PIL is the judge of what may be harmless: junk between markers, a missing end marker. It refuses a truncated
-            # picture; damaged entropy data it would pass over in silence, so that is refused here.
-            if "Corrupt JPEG data" not in str(error) or "extraneous bytes" in str(error):
-                return None
-            raise SampleError("decode", "Corrupt", f"damaged JPEG: {error}") from None
+        pixels_HWC = _strict(data, "RGB" if is_rgb else "CMYK", arguments)
+        if pixels_HWC is None or not is_rgb:  # PIL knows how to print four inks; whether they are damaged was seen here
+            return None
         orientation = _orientation(data)
         if orientation in (5, 6, 7, 8):
             width, height = height, width
@@ -143,6 +141,41 @@ class Decoder:
         image_1CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1).unsqueeze(0)
         resized_1CHW = _RESIZE[self._preprocess.interpolation](image_1CHW, [new_height, new_width], False, None, None)
         slot_HWC.copy_(resized_1CHW[0, :, top : top + crop, left : left + crop].permute(1, 2, 0))
+
+
+def _strict(data: bytes, colorspace: str, arguments: dict[str, Any]) -> NDArray[np.uint8] | None:
+    """Pixels of an undamaged JPEG; None where PIL has to decide, which passes over damaged entropy data in silence."""
+    try:
+        pixels_HWC: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace, **arguments)
+        return pixels_HWC
+    except ValueError as error:
+        message = str(error)
+    if message.startswith("Premature end") and b"\xff\xc2" not in data:
+        # Perhaps only the end marker is missing: given one, a picture that was cut short still lacks data. Not so a
+        # progressive one that was cut between two scans, so PIL refuses all of those.
+        try:
+            complete_HWC: NDArray[np.uint8] = simplejpeg.decode_jpeg(data + b"\xff\xd9", colorspace, **arguments)
+            return complete_HWC
+        except ValueError as error:
+            raise SampleError("decode", "Truncated", f"truncated JPEG: {error}") from None
+    if "Corrupt JPEG data" in message and not _is_padding(message, data):
+        raise SampleError("decode", "Corrupt", f"damaged JPEG: {message}")
+    return None
+
+
+def _is_padding(message: str, data: bytes) -> bool:
+    """Whether libjpeg-turbo complains only of bytes between header segments, or of zeros before the end marker.
+
+    Entropy data that lost its place has bytes left over before the next restart, table, scan or end marker.
+    """
+    junk = _JUNK.search(message)
+    if junk is None:
+        return False
+    num_bytes, marker = int(junk[1]), int(junk[2], 16)
+    if marker == 0xD9:
+        end = data.rfind(b"\xff\xd9")
+        return not data[max(0, end - num_bytes) : end].strip(b"\0")
+    return marker in _HEADER_MARKERS
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -189,8 +222,8 @@ def _exif_orientation(image: Image.Image) -> int:
 
 
 def _orientation(data: bytes) -> int:
-    """EXIF orientation (1 to 8) of a JPEG; PIL parses it only where the header holds EXIF at all."""
-    if data.find(b"Exif\x00\x00", 0, EXIF_SEARCH_BYTES) < 0:
+    """Orientation (1 to 8) of a JPEG; PIL parses it only where the header holds EXIF, or XMP that names one."""
+    if data.find(b"Exif\x00\x00", 0, EXIF_SEARCH_BYTES) < 0 and data.find(b"tiff:Orientation", 0, EXIF_SEARCH_BYTES) < 0:
         return 1
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:

@@ -58,8 +58,16 @@ class Source:
         return cast(Format, importlib.import_module(FORMATS[self.format_name]))
 
     def fields(self) -> list[pa.Field]:
-        """Arrow fields of the label, if there is one, and of the carried columns."""
-        return self._format.fields(self.settings, self.store)
+        """Arrow fields of the label, if there is one, and of the carried columns.
+
+        Raises:
+            ConfigError: the source has no such label, column, key or image column.
+            SourceError: nothing there to look at.
+        """
+        try:
+            return self._format.fields(self.settings, self.store)
+        except StorageError as error:
+            raise SourceError(f"source.url: {error}") from None
 
     def layout(self) -> Layout:
         """What key, label and carried columns are made from; another layout rewrites every row."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import Source
 from pipeline.errors import ConfigError, SampleError, ShardChanged
 from pipeline.recipe import digest
-from pipeline.source.sample import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Sample, Shard, arrow_type, convert
+from pipeline.source.sample import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Sample, Shard, arrow_type, convert, printable
 from pipeline.storage import FileStat, Store
 
 if TYPE_CHECKING:
@@ -46,18 +46,21 @@ def shards(source: Source, store: Store) -> Iterator[Shard]:
         for file in files:
             boundary = int(digest(file.url)[:16], 16) % source.group_size == 0
             if group and (boundary or len(group) >= MAX_GROUP * source.group_size):
-                yield Shard(url=group[0].url, files=tuple(group), root=root)
+                yield Shard(url=printable(group[0].url), files=tuple(group), root=root)
                 group = []
             group.append(file)
         if group:
-            yield Shard(url=group[0].url, files=tuple(group), root=root)
+            yield Shard(url=printable(group[0].url), files=tuple(group), root=root)
 
 
 def read(source: Source, store: Store, shard: Shard) -> Iterator[Sample]:
     """See `Format.read`."""
     for index, file in enumerate(shard.files):
-        sample = Sample(key=file.url.removeprefix(shard.root), index=index, url=file.url, offset=0, nbytes=file.num_bytes)
-        if file.num_bytes > MAX_IMAGE_BYTES:
+        key, url = printable(file.url.removeprefix(shard.root)), printable(file.url)
+        sample = Sample(key=key, index=index, url=url, offset=0, nbytes=file.num_bytes)
+        if url != file.url:
+            sample.error = SampleError("read", "NotUnicode", "the file's name is not UTF-8, so no URL can name it")
+        elif file.num_bytes > MAX_IMAGE_BYTES:
             sample.error = SampleError("read", "TooLarge", f"has {file.num_bytes} bytes; at most {MAX_IMAGE_BYTES} are read")
         else:
             with store.open(file) as handle:

@@ -29,20 +29,18 @@ def shards(source: Source, store: Store) -> Iterator[Shard]:
 
 
 def fields(source: Source, store: Store) -> list[pa.Field]:
-    """See `Format.fields`. Types are those of the first file; files that differ are cast or fail by name."""
+    """See `Format.fields`. Types are those of the first readable file; files that differ are cast or fail by name."""
     import pyarrow as pa
 
-    first = next(_files(source, store), None)
-    if first is None:
-        raise SourceError(f"source.url: {', '.join(source.urls)} holds no Parquet file")
-    with store.open(first) as handle:
-        schema = _open(handle, first.url).schema_arrow
+    schema = _first_schema(source, store)
+    _check(source, schema)
     found = []
     if source.label is not None:
-        kind = arrow_type(source.label_type) if source.label_type else _portable(_field(schema, source.label, "source.label"))
+        own = _field(schema, source.label, "source.label")
+        kind = arrow_type(source.label_type) if source.label_type else _portable(own, "source.label")
         found.append(pa.field("label", kind))
     for name in source.columns or []:
-        found.append(pa.field(name.rpartition(".")[2], _portable(_field(schema, name, "source.columns"))))
+        found.append(pa.field(name.rpartition(".")[2], _portable(_field(schema, name, "source.columns"), "source.columns")))
     return found
 
 
@@ -53,22 +51,19 @@ def read(source: Source, store: Store, shard: Shard) -> Iterator[Sample]:
     with store.open(shard.files[0]) as handle:
         file = _open(handle, shard.url)
         try:
-            image = source.image or _image_column(file.schema_arrow, shard.url)
+            image = _check(source, file.schema_arrow)
             carried = {name.rpartition(".")[2]: name for name in source.columns or []}
             if source.label is not None:
                 carried["label"] = source.label
             wanted = dict.fromkeys([image, *carried.values(), *([source.key] if source.key else [])])
-            for name in wanted:
-                _field(file.schema_arrow, name, shard.url)
             index = 0
             for batch in file.iter_batches(BATCH_ROWS, columns=list(wanted), use_threads=False):
-                rows = batch.to_pylist()
-                for row in rows:
+                for row in _rows(batch):
                     yield _sample(source, shard, row, index, image, carried)
                     index += 1
         except ConfigError as error:
             raise ShardError(f"{shard.url}: {error}") from None
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: no text, no date
             raise ShardError(f"{shard.url}: not a readable Parquet file: {error}") from None
 
 
@@ -77,6 +72,7 @@ def _sample(source: Source, shard: Shard, row: dict[str, Any], index: int, image
     if source.key:
         key = _value(row, source.key)
         if key is None:
+            sample.key = f"row {index}"  # a bare number could be another row's key
             sample.error = SampleError("read", "NoKey", f"column {source.key} is null")
         else:
             sample.key = key if isinstance(key, str) else str(key)
@@ -85,8 +81,6 @@ def _sample(source: Source, shard: Shard, row: dict[str, Any], index: int, image
         payload = payload.get("bytes")
     if payload is None:
         sample.error = sample.error or SampleError("read", "NoImage", f"column {image} is null")
-    elif not isinstance(payload, bytes):
-        sample.error = SampleError("read", "NotBinary", f"column {image} holds {type(payload).__name__}, not bytes")
     elif len(payload) > MAX_IMAGE_BYTES:
         sample.error = SampleError("read", "TooLarge", f"has {len(payload)} bytes; at most {MAX_IMAGE_BYTES} are read")
     else:
@@ -140,22 +134,64 @@ def _value(row: dict[str, Any], path: str) -> Any:
     return value
 
 
-def _image_column(schema: pa.Schema, url: str) -> str:
+def _first_schema(source: Source, store: Store) -> pa.Schema:
+    unreadable: ShardError | None = None
+    for file in _files(source, store):
+        with store.open(file) as handle:
+            try:
+                return _open(handle, file.url).schema_arrow
+            except ShardError as error:  # one damaged file does not stop the others
+                unreadable = unreadable or error
+    raise unreadable or SourceError(f"source.url: {', '.join(source.urls)} holds no Parquet file")
+
+
+def _check(source: Source, schema: pa.Schema) -> str:
+    """The image column of a file that has all that the config names.
+
+    Raises:
+        ConfigError: it has not.
+    """
     import pyarrow as pa
 
-    def holds_images(kind: pa.DataType) -> bool:
-        if pa.types.is_struct(kind):
-            return any(child.name == "bytes" and holds_images(child.type) for child in kind)
+    def is_binary(kind: pa.DataType) -> bool:
         return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
+    def holds_images(kind: pa.DataType) -> bool:
+        children = kind if pa.types.is_struct(kind) else []
+        return is_binary(kind) or any(child.name == "bytes" and is_binary(child.type) for child in children)
+
+    given = [("source.label", source.label), ("source.key", source.key), *(("source.columns", c) for c in source.columns or [])]
+    for where, name in given:
+        if name is not None:
+            _field(schema, name, where)
+    if source.image is not None:
+        kind = _field(schema, source.image, "source.image").type
+        if not holds_images(kind):
+            raise ConfigError(f"source.image: {source.image!r} is {kind}; allowed: a column of binary, or of {{bytes, path}}")
+        return source.image
     found = [field.name for field in schema if holds_images(field.type)]
     if len(found) != 1:
         names = ", ".join(found) or "none"
-        raise ShardError(f"{url}: {len(found)} columns hold binary data ({names}); name one in source.image")
+        raise ConfigError(f"source.image: {len(found)} columns hold binary data ({names}); name one")
     return str(found[0])
 
 
-def _portable(field: pa.Field) -> pa.DataType:
+def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Python values of what the columns of a dataset can hold: microseconds, and integers of 63 bits."""
+    import pyarrow as pa
+
+    columns = []
+    for column in batch.columns:
+        if pa.types.is_timestamp(column.type):
+            column = column.cast(pa.timestamp("us", tz=column.type.tz), safe=False)
+        elif pa.types.is_uint64(column.type):
+            column = column.cast(pa.int64())
+        columns.append(column)
+    rows: list[dict[str, Any]] = pa.RecordBatch.from_arrays(columns, names=batch.schema.names).to_pylist()
+    return rows
+
+
+def _portable(field: pa.Field, where: str) -> pa.DataType:
     """The type that Delta and every reader can hold for a carried column."""
     import pyarrow as pa
 
@@ -170,4 +206,4 @@ def _portable(field: pa.Field) -> pa.DataType:
         return pa.timestamp("us", tz=kind.tz)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return pa.string()
-    raise ConfigError(f"source.columns: {field.name!r} is {kind}; carried are text, numbers, truth values, dates and times")
+    raise ConfigError(f"{where}: {field.name!r} is {kind}; carried are text, numbers, truth values, dates and times")

@@ -34,8 +34,9 @@ class Shard:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of URL, size and version of its files: changes when the content may have."""
-        return self.files[0].fingerprint if len(self.files) == 1 else digest(*(file.fingerprint for file in self.files))
+        """Digest of URL, size and version of its files: changes when the content, or a loose file's key, may have."""
+        parts = [file.fingerprint for file in self.files]
+        return parts[0] if len(parts) == 1 and not self.root else digest(self.root, *parts)
 
     @property
     def num_bytes(self) -> int:
@@ -102,16 +103,26 @@ def convert(value: Any, type_name: str, column: str) -> Any:
     """
     if value is None:
         return None
-    if type_name == "string":
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     try:
+        if type_name == "string":
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            text.encode()  # JSON can spell half a character (a lone surrogate), which no store can hold
+            return text
         if type_name == "bool":
             return value if isinstance(value, bool) else _TRUTH[str(value).strip().lower()]
         if isinstance(value, float) and type_name == "int64" and not value.is_integer():
             raise ValueError
-        return _CONVERT[type_name](value)
+        number = _CONVERT[type_name](value)
+        if type_name == "int64" and not -(2**63) <= number < 2**63:
+            raise OverflowError
+        return number
     except (ValueError, TypeError, KeyError, OverflowError):
         raise SampleError("label", "WrongType", f"column {column}: {str(value)[:80]!r} is not {type_name}") from None
+
+
+def printable(name: str) -> str:
+    """A name as valid Unicode: bytes that are not UTF-8 are shown as \\xNN."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def select(siblings: Mapping[str, bytes], selector: str) -> Any:
@@ -129,7 +140,7 @@ def select(siblings: Mapping[str, bytes], selector: str) -> Any:
         if not path:
             return text.strip()
         value = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # of bytes that are no text, of text that is no JSON, of endless digits
         raise SampleError("label", type(error).__name__, f"sibling .{extension}: {error}") from None
     for name in path.split("."):
         value = value.get(name) if isinstance(value, dict) else None

@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 import tarfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Literal, Self
 
 from pipeline.config import Source
 from pipeline.errors import SampleError, ShardError
-from pipeline.source.sample import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Sample, Shard, arrow_type, convert, select
+from pipeline.source.sample import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Sample, Shard, arrow_type, convert, printable, select
 from pipeline.storage import Store
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 MAX_SIBLING_BYTES = 16 << 20
+MAX_GZIP_RATIO = 1100
+"""Deflate cannot do better than 1032."""
 _SPLIT = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)", re.DOTALL)
 
 
@@ -63,6 +65,19 @@ def read(source: Source, store: Store, shard: Shard) -> Iterator[Sample]:
             yield sample
 
 
+class _Member(tarfile.TarInfo):
+    """A header that is damaged, cut off or missing is an error: tarfile takes it for the end, and the rest would be lost."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            if type(error).__name__ == "EOFHeaderError":  # the zeros that end an archive
+                raise
+            raise tarfile.ReadError(f"{error} at byte {archive.offset}") from None
+
+
 class _Group:
     """The members of one sample."""
 
@@ -90,16 +105,20 @@ def _groups(source: Source, shard: Shard, file: BinaryIO, wanted: set[str]) -> I
     """Consecutive members of equal key. A repeated extension starts a new sample, whose key is then a duplicate."""
     images = {source.image.lower()} if source.image else IMAGE_EXTENSIONS
     plain = shard.url.lower().endswith(".tar")
+    most_bytes = shard.num_bytes * (1 if plain else MAX_GZIP_RATIO)
     group: _Group | None = None
     try:
         # A stream has no offsets that a ranged read could use; a plain archive has.
-        archive = tarfile.open(fileobj=file, mode="r:" if plain else "r|*", errors="surrogateescape")  # noqa: SIM115
+        mode: Literal["r:", "r|*"] = "r:" if plain else "r|*"
+        archive = tarfile.open(fileobj=file, mode=mode, errors="surrogateescape", tarinfo=_Member)  # noqa: SIM115
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined] # or the list of members would grow with the archive
+            if archive.offset > most_bytes:  # a stream would look for the next header for hours
+                raise tarfile.ReadError(f"{printable(member.name)} has more bytes than the archive")
             parts = None if member.isdir() else _SPLIT.fullmatch(member.name)
             if parts is None:
                 continue
-            key, extension = _text(parts[1]), parts[2].lower()
+            key, extension = printable(parts[1]), parts[2].lower()
             if group is None or group.key != key or extension in group.seen:
                 if group is not None:
                     yield group
@@ -120,7 +139,7 @@ def _groups(source: Source, shard: Shard, file: BinaryIO, wanted: set[str]) -> I
                 group.images.append((extension, member.offset_data if plain else None, member.size, payload))
             else:
                 group.siblings[extension] = payload
-    except (tarfile.TarError, EOFError, ValueError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise ShardError(f"{shard.url}: not a readable tar archive: {error}") from None
     if group is not None:
         yield group
@@ -128,12 +147,7 @@ def _groups(source: Source, shard: Shard, file: BinaryIO, wanted: set[str]) -> I
 
 def _refuse(member: tarfile.TarInfo, limit: int) -> SampleError | None:
     if not member.isreg() or member.issparse():
-        return SampleError("read", "NotAFile", f"{_text(member.name)} is no regular file of the archive")
+        return SampleError("read", "NotAFile", f"{printable(member.name)} is no regular file of the archive")
     if member.size > limit:
-        return SampleError("read", "TooLarge", f"{_text(member.name)} has {member.size} bytes; at most {limit} are read")
+        return SampleError("read", "TooLarge", f"{printable(member.name)} has {member.size} bytes; at most {limit} are read")
     return None
-
-
-def _text(name: str) -> str:
-    """A member's name as valid Unicode: bytes that are not UTF-8 are shown as \\xNN."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

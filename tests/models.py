@@ -1,0 +1,74 @@
+"""Models for the tests, given in configs as `python/models:NAME`."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def tiny() -> nn.Module:
+    """A convolution, pooled: fast, and every picture has its own embedding."""
+    return Pooled(nn.Sequential(nn.Conv2d(3, 32, 7, stride=16), nn.ReLU()))
+
+
+class Pooled(nn.Module):
+    """Spatial mean of what `features` gives; its node in the graph is `flatten`, as in torchvision's models."""
+
+    def __init__(self, features: nn.Module) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return torch.flatten(self.features(images_BCHW).mean(dim=(2, 3)), 1)
+
+
+class Restless(nn.Module):
+    """Everything that makes a row depend on more than its picture, handed over in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 7, stride=8)
+        self.norm = nn.BatchNorm2d(16)
+        self.drop = nn.Dropout(0.5)
+        nn.init.uniform_(self.norm.running_mean)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2.0)
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        features_BCHW = self.drop(self.norm(self.conv(images_BCHW)))
+        return torch.flatten(features_BCHW.mean(dim=(2, 3)), 1)
+
+
+def restless() -> nn.Module:
+    return Restless().train()
+
+
+def batch_statistics() -> nn.Module:
+    """Mixes the rows of a batch even in eval mode."""
+    return Pooled(nn.Sequential(nn.Conv2d(3, 8, 7, stride=16), nn.BatchNorm2d(8, track_running_stats=False)))
+
+
+class Untraceable(nn.Module):
+    """Control flow that depends on data: torch.fx cannot trace it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 7, stride=16)
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        features_BCHW = self.conv(images_BCHW)
+        return features_BCHW.relu() if features_BCHW.mean() > 1e9 else features_BCHW
+
+
+def untraceable() -> nn.Module:
+    return Untraceable()
+
+
+def explodes() -> nn.Module:
+    """Not finite for a white picture."""
+    return _Explodes()
+
+
+class _Explodes(nn.Module):
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        mean_BC = images_BCHW.mean(dim=(2, 3))
+        return torch.flatten(mean_BC / (2.0 - mean_BC).clamp(min=0.0), 1)
