@@ -318,8 +318,9 @@ def _probe(settings: config.Config, wanted: config.Probe, goal: Goal, summary: S
     folder = join(RUNS_FOLDER, summary.run_id, "probe")
     goal.store.write(join(goal.url, folder, "metrics.json"), probe.metrics_json(result))
     goal.store.write(join(goal.url, folder, "probe.safetensors"), probe.weights_safetensors(result))
-    scalars = {name: value for name, value in result.metrics.items() if not isinstance(value, (list, dict))}
-    return {**scalars, "warnings": result.warnings, "path": folder, "settings": wanted.model_dump()}
+    # The large ones, confusion matrix and curve, stay in metrics.json.
+    small = {name: value for name, value in result.metrics.items() if name not in {"confusion", "curve"}}
+    return {**small, "path": folder, "settings": wanted.model_dump()}
 
 
 def fit_probe(dataset: Dataset, settings: config.Probe) -> Any:

@@ -145,6 +145,9 @@ class FaultProxy:
 
     `seed` decides which requests are hit by rules with a probability, given their order. When the server cannot be reached
     the connection is closed. An exception in a rule closes the connection and is raised again by `close()`.
+
+    It needs the GIL: deltalake 1.6.6 holds it in `is_deltatable`, `history`, `restore` and `alter.*`, so that these wait for
+    their timeout (30 s, six times) unless they run in another process than the proxy.
     """
 
     def __init__(self, upstream_endpoint: str, *, seed: int = 0) -> None:

@@ -39,10 +39,11 @@ class S3Server:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.log = directory / "weed.log"
-        self.access_key, self.secret_key = "admin", secrets.token_hex(20)
-        self.reader_access_key, self.reader_secret_key = "reader", secrets.token_hex(20)
+        self.access_key, self.secret_key = f"admin-{secrets.token_hex(4)}", secrets.token_hex(20)
+        self.reader_access_key, self.reader_secret_key = f"reader-{secrets.token_hex(4)}", secrets.token_hex(20)
         self.ports = dict(zip(("s3", "master", "volume", "filer", "admin"), free_ports(5), strict=True))
         self.endpoint_url = f"http://127.0.0.1:{self.ports['s3']}"
+        self._session = botocore.session.get_session()  # kept: it holds the parsed description of S3, 0.1 s each time
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
 
@@ -90,7 +91,9 @@ class S3Server:
             )  # fmt: skip
         # Its input ends when this process dies in any way. PR_SET_PDEATHSIG would fire when the *thread* that started it ends.
         self._guard = subprocess.Popen(
-            ["sh", "-c", f"read -r _ || kill -9 {self.pid}"], stdin=subprocess.PIPE, start_new_session=True
+            ["sh", "-c", 'read -r _ || { kill -9 "$0"; rm -f "$@"; }', str(self.pid), *self._socket_files],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
         )
         try:
             self._wait_until_ready()
@@ -108,10 +111,8 @@ class S3Server:
             self._process.kill()
             self._process.wait()
             self._process = None
-            for port in self.ports.values():
-                for number in (port, port + 10_000):
-                    for left_behind in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
-                        left_behind.unlink(missing_ok=True)
+            for left_behind in self._socket_files:
+                Path(left_behind).unlink(missing_ok=True)
 
     def restart(self) -> None:
         """Crash, and come back with the same ports, keys and data."""
@@ -142,6 +143,12 @@ class S3Server:
         """Environment of a process whose botocore, s3fs and deltalake are to find this server by themselves."""
         return self.storage_options(endpoint_url=endpoint_url, reader=reader) | {"AWS_DEFAULT_REGION": REGION}
 
+    @property
+    def _socket_files(self) -> list[str]:
+        """What a killed server leaves in /tmp."""
+        plain = [f"/tmp/seaweedfs-{part}-{port}.sock" for part, port in self.ports.items()]
+        return plain + [f"/tmp/seaweedfs-{part}-grpc-{port + 10_000}.sock" for part, port in self.ports.items()]
+
     def _credentials(self, reader: bool) -> tuple[str, str]:
         return (self.reader_access_key, self.reader_secret_key) if reader else (self.access_key, self.secret_key)
 
@@ -161,7 +168,7 @@ class S3Server:
         raise RuntimeError(f"the S3 server is not ready (exit code {self._process.poll()}; {problem}); its log ends:\n{log}")
 
     def _call(self, operation: str, **arguments: Any) -> None:
-        client = botocore.session.get_session().create_client(
+        client = self._session.create_client(
             "s3",
             REGION,
             endpoint_url=self.endpoint_url,

@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import botocore.exceptions
+import botocore.session
 import pyarrow as pa
 import pytest
 import s3fs
@@ -31,6 +32,7 @@ from faults import FaultProxy, Request, Rule, delay, drop, hold, rewrite, status
 from s3 import S3Server
 
 numbers = itertools.count()
+botocore_session = botocore.session.get_session()
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +67,20 @@ class RawClient:
     """`http.client` on one connection, with presigned URLs: no retries, and every response as it is."""
 
     def __init__(self, server: S3Server, proxy: FaultProxy) -> None:
-        self._fs = filesystem(server.s3fs_options(endpoint_url=proxy.endpoint_url))
+        self._server, self._proxy = server, proxy
         self.connection = http.client.HTTPConnection(urlsplit(proxy.endpoint_url).netloc, timeout=20)
 
     def target(self, operation: str, path: str) -> str:
-        url = urlsplit(self._fs.url(path, client_method=f"{operation}_object"))
+        client = botocore_session.create_client(
+            "s3",
+            "us-east-1",
+            endpoint_url=self._proxy.endpoint_url,
+            aws_access_key_id=self._server.access_key,
+            aws_secret_access_key=self._server.secret_key,
+        )
+        with contextlib.closing(client):
+            bucket, _, key = path.partition("/")
+            url = urlsplit(client.generate_presigned_url(f"{operation}_object", {"Bucket": bucket, "Key": key}))
         return f"{url.path}?{url.query}"
 
     def __call__(self, operation: str, path: str, **arguments: Any) -> http.client.HTTPResponse:
@@ -85,10 +96,16 @@ def raw(server: S3Server, proxy: FaultProxy) -> Iterator[RawClient]:
         yield client
 
 
+@pytest.fixture(scope="module")
+def direct(server: S3Server) -> s3fs.S3FileSystem:
+    """The server past any proxy."""
+    return filesystem(server.s3fs_options())
+
+
 @pytest.fixture
-def photo(server: S3Server, bucket: str) -> str:
-    """An object of ten bytes, put there past the proxy."""
-    filesystem(server.s3fs_options()).pipe_file(f"{bucket}/photo", b"0123456789")
+def photo(direct: s3fs.S3FileSystem, bucket: str) -> str:
+    """An object of ten bytes."""
+    direct.pipe_file(f"{bucket}/photo", b"0123456789")
     return f"{bucket}/photo"
 
 
@@ -103,21 +120,20 @@ def anything(request: Request) -> bool:
 # The server
 
 
-def test_server_puts_gets_lists_and_deletes(server: S3Server, bucket: str) -> None:
-    fs = filesystem(server.s3fs_options())
-    fs.pipe_file(f"{bucket}/folder/a", b"abc")
-    fs.pipe_file(f"{bucket}/folder/b", b"")
-    assert fs.cat_file(f"{bucket}/folder/a") == b"abc"
-    assert fs.find(bucket) == [f"{bucket}/folder/a", f"{bucket}/folder/b"]
-    fs.rm_file(f"{bucket}/folder/a")
-    assert fs.find(bucket) == [f"{bucket}/folder/b"]
+def test_server_puts_gets_lists_and_deletes(direct: s3fs.S3FileSystem, bucket: str) -> None:
+    direct.pipe_file(f"{bucket}/folder/a", b"abc")
+    direct.pipe_file(f"{bucket}/folder/b", b"")
+    assert direct.cat_file(f"{bucket}/folder/a") == b"abc"
+    assert direct.find(bucket) == [f"{bucket}/folder/a", f"{bucket}/folder/b"]
+    direct.rm_file(f"{bucket}/folder/a")
+    assert direct.find(bucket) == [f"{bucket}/folder/b"]
     with pytest.raises(FileNotFoundError):
-        fs.cat_file(f"{bucket}/folder/a")
+        direct.cat_file(f"{bucket}/folder/a")
 
 
-def test_create_bucket_may_be_repeated(server: S3Server, photo: str) -> None:
+def test_create_bucket_may_be_repeated(server: S3Server, direct: s3fs.S3FileSystem, photo: str) -> None:
     server.create_bucket(photo.partition("/")[0])
-    assert filesystem(server.s3fs_options()).exists(photo)
+    assert direct.exists(photo)
 
 
 @pytest.mark.parametrize("wrong", [{"secret": "wrong"}, {"key": "nobody"}, {"key": None, "secret": None, "anon": True}])
@@ -129,7 +145,7 @@ def test_wrong_credentials_are_refused(server: S3Server, bucket: str, wrong: dic
         fs.find(bucket)
 
 
-def test_reader_reads_and_lists_but_cannot_write(server: S3Server, photo: str) -> None:
+def test_reader_reads_and_lists_but_cannot_write(server: S3Server, direct: s3fs.S3FileSystem, photo: str) -> None:
     bucket = photo.partition("/")[0]
     reader = filesystem(server.s3fs_options(reader=True))
     assert reader.cat_file(photo) == b"0123456789"
@@ -142,7 +158,7 @@ def test_reader_reads_and_lists_but_cannot_write(server: S3Server, photo: str) -
     ):
         with pytest.raises(PermissionError):
             write()
-    assert filesystem(server.s3fs_options()).cat_file(photo) == b"0123456789"
+    assert direct.cat_file(photo) == b"0123456789"
 
 
 def test_env_is_enough_for_another_process(server: S3Server, photo: str) -> None:
@@ -170,7 +186,7 @@ def test_server_listens_on_loopback_only(server: S3Server) -> None:
     assert {port for _, port in listening} == {port + above for port in server.ports.values() for above in (0, 10_000)}
 
 
-def test_data_survives_a_crash(server: S3Server, photo: str) -> None:
+def test_data_survives_a_crash(server: S3Server, direct: s3fs.S3FileSystem, photo: str) -> None:
     pid = server.pid
     server.kill()
     assert pid is not None
@@ -178,18 +194,17 @@ def test_data_survives_a_crash(server: S3Server, photo: str) -> None:
     with pytest.raises(botocore.exceptions.EndpointConnectionError):
         filesystem(server.s3fs_options(), retries=False).cat_file(photo)
     server.start()
-    fs = filesystem(server.s3fs_options())
-    assert fs.cat_file(photo) == b"0123456789"
-    fs.pipe_file(photo, b"after")
+    assert direct.cat_file(photo) == b"0123456789"
+    direct.pipe_file(photo, b"after")
     server.restart()
-    assert filesystem(server.s3fs_options()).cat_file(photo) == b"after"
+    assert direct.cat_file(photo) == b"after"
 
 
-def test_restart_in_a_thread_outlives_the_thread(server: S3Server, photo: str) -> None:
+def test_restart_in_a_thread_outlives_the_thread(server: S3Server, direct: s3fs.S3FileSystem, photo: str) -> None:
     thread = threading.Thread(target=server.restart)
     thread.start()
     thread.join()
-    assert filesystem(server.s3fs_options()).cat_file(photo) == b"0123456789"
+    assert direct.cat_file(photo) == b"0123456789"
 
 
 def test_server_dies_with_its_process(tmp_path: Path) -> None:
@@ -245,14 +260,14 @@ def test_proxy_counts_exactly(server: S3Server, proxy: FaultProxy, bucket: str) 
     assert proxy.requests == []
 
 
-def test_large_bodies_pass_unchanged(server: S3Server, proxy: FaultProxy, bucket: str) -> None:
+def test_large_bodies_pass_unchanged(server: S3Server, direct: s3fs.S3FileSystem, proxy: FaultProxy, bucket: str) -> None:
     fs = filesystem(server.s3fs_options(endpoint_url=proxy.endpoint_url))
     payload = random.Random(0).randbytes(20 << 20)
     fs.pipe_file(f"{bucket}/large", payload)
     assert hashlib.sha256(fs.cat_file(f"{bucket}/large")).digest() == hashlib.sha256(payload).digest()
     multipart = f"{bucket}/multipart"
     fs.pipe_file(multipart, payload, chunksize=8 << 20, max_concurrency=3)
-    assert filesystem(server.s3fs_options()).cat_file(multipart) == payload
+    assert direct.cat_file(multipart) == payload
     with pytest.raises(PermissionError):
         filesystem(server.s3fs_options(endpoint_url=proxy.endpoint_url, reader=True)).pipe_file(f"{bucket}/large", payload)
 
@@ -319,21 +334,21 @@ def test_chunked_response() -> None:
         thread.join()
 
 
-def test_drop_does_not_reach_the_server(server: S3Server, raw: RawClient, proxy: FaultProxy, bucket: str) -> None:
+def test_drop_does_not_reach_the_server(direct: s3fs.S3FileSystem, raw: RawClient, proxy: FaultProxy, bucket: str) -> None:
     rule = proxy.add(Rule(put, drop))
     with pytest.raises(http.client.RemoteDisconnected):
         raw("put", f"{bucket}/a", body=b"abc")
     assert rule.num_applied == 1
     assert proxy.requests[0].status is None
-    assert not filesystem(server.s3fs_options()).exists(f"{bucket}/a")
+    assert not direct.exists(f"{bucket}/a")
 
 
-def test_swallow_reaches_the_server(server: S3Server, raw: RawClient, proxy: FaultProxy, bucket: str) -> None:
+def test_swallow_reaches_the_server(direct: s3fs.S3FileSystem, raw: RawClient, proxy: FaultProxy, bucket: str) -> None:
     proxy.add(Rule(put, swallow))
     with pytest.raises(http.client.RemoteDisconnected):
         raw("put", f"{bucket}/a", body=b"abc")
     assert proxy.requests[0].status == 200
-    assert filesystem(server.s3fs_options()).cat_file(f"{bucket}/a") == b"abc"
+    assert direct.cat_file(f"{bucket}/a") == b"abc"
 
 
 def test_delay(raw: RawClient, proxy: FaultProxy, photo: str) -> None:
@@ -353,13 +368,13 @@ def test_truncate(raw: RawClient, proxy: FaultProxy, photo: str) -> None:
     assert proxy.requests[0].num_bytes == 4
 
 
-def test_status_does_not_reach_the_server(server: S3Server, raw: RawClient, proxy: FaultProxy, photo: str) -> None:
+def test_status_does_not_reach_the_server(direct: s3fs.S3FileSystem, raw: RawClient, proxy: FaultProxy, photo: str) -> None:
     proxy.add(Rule(anything, status(503)))
     for operation, contains in [("head", b""), ("put", b"<Code>SlowDown</Code>"), ("get", b"<Code>SlowDown</Code>")]:
         response = raw(operation, photo, body=b"abc" if operation == "put" else None)
         assert response.status == 503
         assert contains in response.read()
-    assert filesystem(server.s3fs_options()).cat_file(photo) == b"0123456789"
+    assert direct.cat_file(photo) == b"0123456789"
     assert [request.status for request in proxy.requests] == [503, 503, 503]
 
 

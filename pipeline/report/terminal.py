@@ -121,8 +121,8 @@ def show_run(summary: dict[str, Any]) -> None:
         state = "committed" if summary["committed"] else "already up to date" if not summary["error"] else "stays"
         rows.append(("dataset", f"{output}  version {summary['version']} {state}, {images['total']:,} rows"))
     if probe:
-        low, high = probe.get("interval_low"), probe.get("interval_high")
-        between = f" (95 % between {low:.3f} and {high:.3f})" if low is not None and high is not None else ""
+        low, high = probe["interval"]
+        between = f" (95 % between {low:.3f} and {high:.3f})"
         rows.append(
             ("probe", f"test accuracy {probe['test_accuracy']:.3f}{between}, C = {probe['C']:.3g}, {probe['num_test']} tested")
         )

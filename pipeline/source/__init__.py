@@ -38,6 +38,9 @@ class Source:
         self.settings = settings
         self.store = Store(settings.storage)
 
+    def __reduce__(self) -> tuple[type[Source], tuple[config.Source]]:
+        return Source, (self.settings,)
+
     @property
     def format_name(self) -> str:
         """The configured format, or the one that the URLs' endings say."""

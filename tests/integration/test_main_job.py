@@ -279,8 +279,14 @@ def test_light_imports() -> None:
 
 def test_mistakes_are_one_line_and_exit_2(tmp_path: Path) -> None:
     path = _config_file(tmp_path, f"{tmp_path}/nothing/*.tar")
-    for arguments in (["run", tmp_path / "missing.yaml"], ["run", path, "--set", "run.batch_size=0"], ["run", path], ["plan", path],
-                      ["status", tmp_path / "nowhere"]):  # fmt: skip
+    mistakes: list[list[str | Path]] = [
+        ["run", tmp_path / "missing.yaml"],
+        ["run", path, "--set", "run.batch_size=0"],
+        ["run", path],
+        ["plan", path],
+        ["status", tmp_path / "nowhere"],
+    ]
+    for arguments in mistakes:
         finished = cli(*arguments, "--json")
         assert finished.returncode == 2, finished
         assert "Traceback" not in finished.stderr
