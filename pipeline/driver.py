@@ -219,18 +219,20 @@ def _extract(settings: config.Config, goal: Goal, todo: Plan, summary: Summary, 
     if not todo.extract:
         return []
     from pipeline.extract import actors
+    from pipeline.extract.carry import known_rows
 
     finished: list[Partition] = []
-    with actors.cluster(), actors.Pool(settings, goal.recipe) as pool:
+    known = known_rows(goal.store, goal.url, todo.carry_over_from(goal.recipe))
+    with actors.cluster(), actors.Pool(settings, goal.recipe, known) as pool:
         start = time.monotonic()
         # Large shards first: the last ones to finish are then small.
-        for result in pool.extract(sorted(todo.extract, key=lambda shard: -shard.num_bytes)):
+        for result in pool.extract(sorted(todo.extract, key=lambda task: -task.shard.num_bytes)):
             summary.stages.update(result.stages)
             if result.partition is not None:
                 finished.append(result.partition)
-                summary.num_bytes += result.shard.num_bytes
+                summary.num_bytes += result.task.shard.num_bytes
             else:
-                summary.failed[result.shard.url] = result.error
+                summary.failed[result.task.shard.url] = result.error
             if observer is not None:
                 observer.finished(result, pool.num_ready)
         summary.extract_seconds += time.monotonic() - start

@@ -17,6 +17,7 @@ from pipeline.dataset import partition
 from pipeline.dataset.partition import Partition
 from pipeline.dataset.table import Entry, Table
 from pipeline.errors import StorageError
+from pipeline.extract.carry import Task
 from pipeline.recipe import Layout, Recipe, differences
 from pipeline.source import Shard
 from pipeline.storage import FileStat, Store, join
@@ -31,7 +32,7 @@ ADOPT_WITHIN = datetime.timedelta(days=3)
 class Plan:
     """Shards by what happens to them. The driver's memory for it: about 1 kB a shard."""
 
-    extract: list[Shard] = field(default_factory=list)
+    extract: list[Task] = field(default_factory=list)
     adopt: list[Partition] = field(default_factory=list)
     """Finished by a run that did not commit."""
     unchanged: list[Entry] = field(default_factory=list)
@@ -57,12 +58,16 @@ class Plan:
     @property
     def num_bytes(self) -> int:
         """Encoded bytes to read."""
-        return sum(shard.num_bytes for shard in self.extract)
+        return sum(task.shard.num_bytes for task in self.extract)
 
     @property
     def does_nothing(self) -> bool:
         """Whether the dataset already is what is wanted."""
         return not (self.extract or self.adopt or self.removed)
+
+    def carry_over_from(self, recipe: Recipe) -> dict[str, int]:
+        """Partitions that this plan removes, path to rows: samples that moved to other shards are found there again."""
+        return {entry.path: entry.num_rows for entry in self.removed if entry.recipe_id == recipe.recipe_id}
 
     @property
     def removed_share(self) -> float:
@@ -103,7 +108,10 @@ def make(shards: Iterable[Shard], table: Table | None, recipe: Recipe, layout: L
     if wanted:
         plan.adopt = list(_adoptable(wanted, store, dataset_url))
     adopted = {each.shard for each in plan.adopt}
-    plan.extract = [shard for shard in wanted.values() if shard.url not in adopted]
+    previous = {entry.shard: entry.path for entry in plan.replaced if entry.recipe_id == recipe.recipe_id}
+    plan.extract = [
+        Task(shard=shard, previous=previous.get(shard.url)) for shard in wanted.values() if shard.url not in adopted
+    ]
     return plan
 
 

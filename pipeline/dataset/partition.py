@@ -164,6 +164,13 @@ class PartitionWriter:
         self._writer.close()
 
 
+def list_values(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    """(N, D) float32 of an embedding column, without a step in Python for a row."""
+    array = column.combine_chunks()
+    values: NDArray[np.float32] = array.flatten().to_numpy(zero_copy_only=True)
+    return values.reshape(len(array), -1) if len(array) else values.reshape(0, 0)
+
+
 def rows_per_group(recipe: Recipe) -> int:
     """Rows that make up `ROW_GROUP_BYTES` of embeddings."""
     return max(1, ROW_GROUP_BYTES // (4 * sum(recipe.widths.values())))

@@ -88,10 +88,10 @@ class Dataset:
         embeddings_ND = np.empty((len(self), self.nodes[name]), np.float32)
         start = 0
         for table in self._partitions([name]):
-            for chunk in table.column(name).chunks:
-                stop = start + len(chunk)
-                embeddings_ND[start:stop] = _values(chunk, self.nodes[name])
-                start = stop
+            stop = start + table.num_rows
+            if table.num_rows:
+                embeddings_ND[start:stop] = partition.list_values(table.column(name))
+            start = stop
         return embeddings_ND
 
     def to_torch(self, node: str | None = None) -> torch.Tensor:
@@ -147,9 +147,3 @@ class Dataset:
     def _open(self, entry: Entry) -> Any:
         store = self.table_.store
         return store.open(store.stat(join(self.url, entry.path)))
-
-
-def _values(chunk: pa.ListArray, width: int) -> NDArray[np.float32]:
-    """(N, D) view of a list column."""
-    values: NDArray[np.float32] = chunk.flatten().to_numpy(zero_copy_only=True).reshape(len(chunk), width)
-    return values

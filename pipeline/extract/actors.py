@@ -25,8 +25,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline import config
 from pipeline.dataset.partition import Partition
 from pipeline.errors import GuardError, IncompleteRun, PipelineError, ShardChanged, StorageError
+from pipeline.extract.carry import NOTHING_KNOWN, KnownRows, Task
 from pipeline.recipe import Recipe
-from pipeline.source import Shard, Source
+from pipeline.source import Source
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ CPU_BATCH, GPU_BATCH = 32, 256
 class Result:
     """What became of one shard."""
 
-    shard: Shard
+    task: Task
     partition: Partition | None = None
     error: str = ""
     """Why there is no partition."""
@@ -57,7 +58,7 @@ class Result:
 class Extractor:
     """The loop in an actor. Device, threads and batch size are decided here, where the hardware is."""
 
-    def start(self, settings: config.Config, recipe: Recipe, import_paths: list[str]) -> dict[str, Any]:
+    def start(self, settings: config.Config, recipe: Recipe, known: KnownRows, import_paths: list[str]) -> dict[str, Any]:
         """Build the model and start the loop; where this actor runs and with what.
 
         Not in the constructor: what that raises reaches the driver only as text.
@@ -99,18 +100,19 @@ class Extractor:
             backbone,
             Store(settings.output.storage),
             Settings(dataset_url=settings.output.url, decode=settings.decode, batch_size=batch_size, num_workers=threads),
+            known,
         )
         return info
 
-    def extract(self, shard: Shard) -> Result:
+    def extract(self, task: Task) -> Result:
         """Extract one shard. Several calls run at once, so that batches are packed across shards."""
         try:
-            partition = self._loop.submit(shard).result()
+            partition = self._loop.submit(task).result()
         except GuardError as error:
-            return Result(shard=shard, error=str(error), fatal=error)
+            return Result(task=task, error=str(error), fatal=error)
         except PipelineError as error:
-            return Result(shard=shard, error=f"{type(error).__name__}: {error}", stages=self._loop.stages.take())
-        return Result(shard=shard, partition=partition, stages=self._loop.stages.take())
+            return Result(task=task, error=f"{type(error).__name__}: {error}", stages=self._loop.stages.take())
+        return Result(task=task, partition=partition, stages=self._loop.stages.take())
 
 
 def _share_of_node(run: config.Run, has_gpu: bool) -> int:
@@ -150,15 +152,15 @@ class _Worker:
     """Node that it is bound to, empty for an actor on any GPU."""
     ready: bool = False
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
-    in_hand: dict[Any, Shard] = dataclasses.field(default_factory=dict)
+    in_hand: dict[Any, Task] = dataclasses.field(default_factory=dict)
 
 
 class Pool:
     """Actors on what the cluster has. Use as a context manager; the actors end with it."""
 
-    def __init__(self, settings: config.Config, recipe: Recipe) -> None:
+    def __init__(self, settings: config.Config, recipe: Recipe, known: KnownRows = NOTHING_KNOWN) -> None:
         self._settings, self._settings_ref = settings, ray.put(settings)
-        self._recipe = recipe
+        self._recipe, self._known_ref = recipe, ray.put(known)  # hashes only, shared by the actors of a node
         self._workers: list[_Worker] = []
         self._starting: dict[Any, _Worker] = {}
         self._attempts: collections.Counter[str] = collections.Counter()
@@ -179,12 +181,12 @@ class Pool:
         """Actors at work."""
         return sum(worker.ready for worker in self._workers)
 
-    def extract(self, shards: Iterable[Shard]) -> Iterator[Result]:
+    def extract(self, tasks: Iterable[Task]) -> Iterator[Result]:
         """Extract shards on all actors; results in the order in which they finish.
 
         A shard whose actor died, or that a passing fault hit, is tried again, up to `run.max_attempts` times in all.
         """
-        waiting = collections.deque(shards)
+        waiting = collections.deque(tasks)
         source = Source(self._settings.source)
         next_look = 0.0
         while waiting or any(worker.in_hand for worker in self._workers):
@@ -200,13 +202,13 @@ class Pool:
                 elif (result := self._collect(ref, waiting, source)) is not None:
                     yield result
 
-    def _deal(self, waiting: collections.deque[Shard]) -> None:
+    def _deal(self, waiting: collections.deque[Task]) -> None:
         """Give shards to the actors with the fewest in hand."""
         for depth in range(1, SHARDS_IN_FLIGHT + 1):
             for worker in self._workers:
                 if waiting and worker.ready and len(worker.in_hand) < depth:
-                    shard = waiting.popleft()
-                    worker.in_hand[worker.actor.extract.remote(shard)] = shard
+                    task = waiting.popleft()
+                    worker.in_hand[worker.actor.extract.remote(task)] = task
 
     def _started(self, ref: Any) -> None:
         worker = self._starting.pop(ref)
@@ -228,35 +230,36 @@ class Pool:
         self.seen.append(worker.info)
         logger.info("actor %s on node %s: %s", worker.info["pid"], worker.info["node"][:8], worker.info["device"])
 
-    def _collect(self, ref: Any, waiting: collections.deque[Shard], source: Source) -> Result | None:
+    def _collect(self, ref: Any, waiting: collections.deque[Task], source: Source) -> Result | None:
         """The result behind a reference; None where the shard goes back to the queue."""
         worker = next(worker for worker in self._workers if ref in worker.in_hand)
-        shard = worker.in_hand.pop(ref)
+        task = worker.in_hand.pop(ref)
         try:
             result: Result = ray.get(ref)
         except RayActorError:
             self._bury(worker, waiting)
-            return self._again(shard, waiting, "the actor died while it had this shard in hand")
+            return self._again(task, waiting, "the actor died while it had this shard in hand")
         except RayTaskError as error:
-            return self._again(shard, waiting, str(_cause(error)))
+            return self._again(task, waiting, str(_cause(error)))
         if result.fatal is not None:
             raise result.fatal
         if result.error.startswith(ShardChanged.__name__):
-            now = source.relist(shard)
-            return self._again(now or shard, waiting, result.error)
+            now = source.relist(task.shard)
+            return self._again(dataclasses.replace(task, shard=now) if now else task, waiting, result.error)
         if result.error.startswith(StorageError.__name__):
-            return self._again(shard, waiting, result.error)
+            return self._again(task, waiting, result.error)
         return result
 
-    def _again(self, shard: Shard, waiting: collections.deque[Shard], why: str) -> Result | None:
-        self._attempts[shard.url] += 1
-        if self._attempts[shard.url] >= self._settings.run.max_attempts:
-            return Result(shard=shard, error=why)
-        logger.warning("%s: %s; it will be tried again", shard.url, why)
-        waiting.append(shard)
+    def _again(self, task: Task, waiting: collections.deque[Task], why: str) -> Result | None:
+        url = task.shard.url
+        self._attempts[url] += 1
+        if self._attempts[url] >= self._settings.run.max_attempts:
+            return Result(task=task, error=why)
+        logger.warning("%s: %s; it will be tried again", url, why)
+        waiting.append(task)
         return None
 
-    def _bury(self, worker: _Worker, waiting: collections.deque[Shard]) -> None:
+    def _bury(self, worker: _Worker, waiting: collections.deque[Task]) -> None:
         """Forget a dead actor. Its other shards were not at fault and go back uncounted, to the front."""
         self.num_lost += 1
         self._workers.remove(worker)
@@ -294,7 +297,7 @@ class Pool:
         worker = _Worker(actor, place)
         self._workers.append(worker)
         import_paths = [path or os.getcwd() for path in sys.path]
-        self._starting[actor.start.remote(self._settings_ref, self._recipe, import_paths)] = worker
+        self._starting[actor.start.remote(self._settings_ref, self._recipe, self._known_ref, import_paths)] = worker
 
 
 def _first_line(error: BaseException) -> str:

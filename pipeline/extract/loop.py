@@ -33,6 +33,7 @@ from pipeline.dataset import partition
 from pipeline.dataset.partition import Partition, PartitionWriter, Quarantined
 from pipeline.errors import GuardError, SampleError
 from pipeline.extract.backbone import Backbone
+from pipeline.extract.carry import NOTHING_KNOWN, CarriedRows, KnownRows, Place, Task, known_rows
 from pipeline.extract.decode import Decoder
 from pipeline.metrics import Stages
 from pipeline.recipe import Layout
@@ -61,8 +62,17 @@ class Settings:
 class Loop:
     """Runs until it is closed; shards are submitted from any thread."""
 
-    def __init__(self, source: Source, layout: Layout, backbone: Backbone, output: Store, settings: Settings) -> None:
+    def __init__(
+        self,
+        source: Source,
+        layout: Layout,
+        backbone: Backbone,
+        output: Store,
+        settings: Settings,
+        known: KnownRows = NOTHING_KNOWN,
+    ) -> None:
         self.stages = Stages()
+        self._known = known
         self._source, self._layout, self._backbone, self._output, self._settings = source, layout, backbone, output, settings
         self._schema = partition.schema(backbone.recipe, source.fields())
         self._rows_per_group = partition.rows_per_group(backbone.recipe)
@@ -74,6 +84,8 @@ class Loop:
         # A batch a worker that is being filled or computed, one that is being filled beside them, one on its way back.
         self._batches = _Batches(backbone, settings.batch_size, settings.num_workers + 2)
         self._writing: list[queue.Queue[Callable[[], None] | None]] = [queue.Queue(maxsize=4) for _ in range(NUM_WRITERS)]
+
+        self._carried_rows = [CarriedRows(output, settings.dataset_url, list(backbone.recipe.widths)) for _ in self._writing]
 
         self._lock = threading.Lock()
         self._open: set[_Open] = set()
@@ -90,10 +102,10 @@ class Loop:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, shard: Shard) -> Future[Partition]:
+    def submit(self, task: Task) -> Future[Partition]:
         """Extract one shard. The future has its partition, or the error that the shard failed with."""
         with self._lock:
-            opened = _Open(shard, self._num_opened % NUM_WRITERS)
+            opened = _Open(task.shard, task.previous, self._num_opened % NUM_WRITERS)
             self._open.add(opened)
             self._num_opened += 1
             self._num_unread += 1
@@ -126,6 +138,9 @@ class Loop:
                 return
             num_read, seen = 0, set[int]()
             try:
+                if opened.previous is not None:
+                    with self.stages.time("fetch"):
+                        opened.known = known_rows(self._output, self._settings.dataset_url, {opened.previous: 0})
                 chunk: list[Sample] = []
                 samples = iter(self._source.read(opened.shard))
                 while True:
@@ -173,10 +188,12 @@ class Loop:
                 return
             opened, chunk = item
             num_bytes = sum(len(sample.image) for sample in chunk)
-            with self.stages.time("no_batch"):
-                slots = self._batches.place(sum(sample.error is None for sample in chunk))
             with self.stages.time("decode"):
-                self._decode(decoder, opened, chunk, slots)
+                unknown = self._recognise(opened, chunk)
+            with self.stages.time("no_batch"):
+                slots = self._batches.place(len(unknown))
+            with self.stages.time("decode"):
+                self._decode(decoder, opened, unknown, slots)
             self._budget.release(num_bytes)
             for batch in dict.fromkeys(batch for batch, _ in slots):
                 if batch.settle(sum(other is batch for other, _ in slots)):
@@ -185,21 +202,36 @@ class Loop:
                 self._num_undecided -= len(chunk)
             self._launch_rest()
 
-    def _decode(self, decoder: Decoder, opened: _Open, chunk: list[Sample], slots: list[tuple[_Batch, int]]) -> None:
-        """Give every sample of a chunk a row in its batch, or an error."""
-        free = iter(slots)
+    def _recognise(self, opened: _Open, chunk: list[Sample]) -> list[_Row]:
+        """Hash what was read; the rows that have to be computed. Errors and known rows go on from here."""
+        unknown = []
         for sample in chunk:
-            if sample.error is None:
-                batch, slot = next(free)
-                try:
-                    width, height = decoder(sample.image, batch.images_BHWC[slot])
-                    content_hash = hashlib.sha256(sample.image).hexdigest()[:32]
-                    batch.rows[slot] = _Row(opened, sample, content_hash, width, height)
-                except SampleError as error:
-                    sample.error = error
-            sample.image = b""
             if sample.error is not None:
-                self._results.put(lambda sample=sample: self._quarantine(opened, sample, sample.error))  # type: ignore[misc]
+                self._refuse(opened, sample, sample.error)
+                continue
+            content_hash = hashlib.sha256(sample.image).hexdigest()[:32]
+            place = opened.known.find(content_hash) or self._known.find(content_hash)
+            if place is None:
+                unknown.append(_Row(opened, sample, content_hash))
+            else:
+                sample.image = b""
+                row = _Row(opened, sample, content_hash, place.width, place.height, place)
+                self._results.put(lambda row=row: self._carried(row))  # type: ignore[misc]
+        return unknown
+
+    def _decode(self, decoder: Decoder, opened: _Open, rows: list[_Row], slots: list[tuple[_Batch, int]]) -> None:
+        """Give every row its picture in a batch, or an error."""
+        for row, (batch, slot) in zip(rows, slots, strict=True):
+            try:
+                row.width, row.height = decoder(row.sample.image, batch.images_BHWC[slot])
+                batch.rows[slot] = row
+            except SampleError as error:
+                self._refuse(opened, row.sample, error)
+            row.sample.image = b""
+
+    def _refuse(self, opened: _Open, sample: Sample, error: SampleError) -> None:
+        sample.image = b""
+        self._results.put(lambda: self._quarantine(opened, sample, error))
 
     def _launch(self, batch: _Batch) -> None:
         with self.stages.time("forward"):
@@ -235,7 +267,8 @@ class Loop:
             if row is None or row.opened.closed:
                 continue
             if finite_B[slot]:
-                row.opened.rows[row.sample.index] = (row, outputs, slot)
+                row.embeddings = {column: values_BD[slot] for column, values_BD in outputs.items()}
+                row.opened.rows[row.sample.index] = row
                 touched[row.opened] = None
             else:
                 error = SampleError("embed", "NotFinite", f"the embedding is not finite in {self._backbone.precision}")
@@ -243,6 +276,12 @@ class Loop:
         self._batches.free(batch)
         for opened in touched:
             self._flush(opened)
+
+    def _carried(self, row: _Row) -> None:
+        if not row.opened.closed:
+            row.opened.rows[row.sample.index] = row
+            row.opened.num_carried_over += 1
+            self._flush(row.opened)
 
     def _quarantine(self, opened: _Open, sample: Sample, error: SampleError) -> None:
         if opened.closed:
@@ -287,10 +326,13 @@ class Loop:
 
     # Jobs of a writer
 
-    def _write_group(self, opened: _Open, group: Sequence[_Placed]) -> None:
+    def _write_group(self, opened: _Open, group: Sequence[_Row]) -> None:
         if opened.writer is None:
             opened.start(self._output, self._settings.dataset_url, self._schema, self._backbone, self._layout)
         assert opened.writer is not None, "start() made it"
+        for row in group:
+            if row.place is not None:
+                row.embeddings = self._carried_rows[opened.writer_number].read(row.place)
         opened.writer.write(*_columns(opened.shard.url, group, self._schema, self._backbone.recipe.widths))
 
     def _publish(self, opened: _Open) -> None:
@@ -327,17 +369,17 @@ class Loop:
 
 @dataclass(slots=True)
 class _Row:
-    """A sample that has a slot."""
+    """A sample on its way to its partition."""
 
     opened: _Open
     sample: Sample
     content_hash: str
-    width: int
-    height: int
-
-
-_Placed = tuple[_Row, dict[str, "NDArray[np.float32]"], int]
-"""A row, the outputs of its batch, and its slot in them."""
+    width: int = 0
+    height: int = 0
+    place: Place | None = None
+    """Where its embeddings lie already."""
+    embeddings: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Column to (D,) float32."""
 
 
 @dataclass(eq=False)
@@ -345,12 +387,15 @@ class _Open:
     """A shard that is being extracted."""
 
     shard: Shard
+    previous: str | None
     writer_number: int
     future: Future[Partition] = field(default_factory=Future)
-    rows: dict[int, _Placed | None] = field(default_factory=dict)
+    known: KnownRows = NOTHING_KNOWN
+    rows: dict[int, _Row | None] = field(default_factory=dict)
     """By index, until all before it are there; None where the sample is in quarantine."""
-    ordered: list[_Placed] = field(default_factory=list)
+    ordered: list[_Row] = field(default_factory=list)
     quarantine: list[Quarantined] = field(default_factory=list)
+    num_carried_over: int = 0
     next_index: int = 0
     num_read: int | None = None
     closed: bool = False
@@ -362,10 +407,10 @@ class _Open:
     def collect(self) -> None:
         """Move the rows that continue the order."""
         while self.next_index in self.rows:
-            placed = self.rows.pop(self.next_index)
+            row = self.rows.pop(self.next_index)
             self.next_index += 1
-            if placed is not None:
-                self.ordered.append(placed)
+            if row is not None:
+                self.ordered.append(row)
 
     def start(self, output: Store, dataset_url: str, schema: pa.Schema, backbone: Backbone, layout: Layout) -> None:
         recipe = backbone.recipe
@@ -380,7 +425,8 @@ class _Open:
         finished = Partition(
             path=self.path, num_bytes=0, shard=self.shard.url, fingerprint=self.shard.fingerprint,
             recipe_id=backbone.recipe.recipe_id, layout_id=layout.layout_id, num_rows=self.writer.num_rows,
-            num_read=self.num_read, num_embedded=self.writer.num_rows, num_carried_over=0, num_quarantined=len(self.quarantine),
+            num_read=self.num_read, num_embedded=self.writer.num_rows - self.num_carried_over,
+            num_carried_over=self.num_carried_over, num_quarantined=len(self.quarantine),
         )  # fmt: skip
         if not finished.reconciles:
             raise GuardError(f"{self.shard.url}: {finished.num_read} samples were read, but {finished} accounts for others")
@@ -489,10 +535,10 @@ class _ByteBudget:
 
 
 def _columns(
-    shard_url: str, group: Sequence[_Placed], schema: pa.Schema, widths: Mapping[str, int]
+    shard_url: str, group: Sequence[_Row], schema: pa.Schema, widths: Mapping[str, int]
 ) -> tuple[dict[str, list[Any]], dict[str, NDArray[np.float32]]]:
     """Rows as columns: values by name, and (N, D) float32 by embedding column."""
-    samples = [row.sample for row, _, _ in group]
+    samples = [row.sample for row in group]
     columns: dict[str, list[Any]] = {
         "key": [sample.key for sample in samples],
         "shard": [shard_url] * len(group),
@@ -500,9 +546,9 @@ def _columns(
         "url": [sample.url for sample in samples],
         "offset": [sample.offset for sample in samples],
         "nbytes": [sample.nbytes for sample in samples],
-        "content_hash": [row.content_hash for row, _, _ in group],
-        "width": [row.width for row, _, _ in group],
-        "height": [row.height for row, _, _ in group],
+        "content_hash": [row.content_hash for row in group],
+        "width": [row.width for row in group],
+        "height": [row.height for row in group],
     }
     for name in schema.names:
         if name not in columns and name not in widths:
@@ -510,6 +556,6 @@ def _columns(
     embeddings = {}
     for name, width in widths.items():
         embeddings[name] = np.empty((len(group), width), np.float32)
-        for position, (_, outputs, slot) in enumerate(group):
-            embeddings[name][position] = outputs[name][slot]
+        for position, row in enumerate(group):
+            embeddings[name][position] = row.embeddings[name]
     return columns, embeddings

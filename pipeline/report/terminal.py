@@ -64,7 +64,7 @@ class Watch:
         if self._num_done == 0 and self._num_images == 0:
             self._start = min(self._start, now)
         self._num_done += 1
-        self._bytes_done += result.shard.num_bytes
+        self._bytes_done += result.task.shard.num_bytes
         if result.partition is not None:
             self._num_images += result.partition.num_rows
             self._num_quarantined += result.partition.num_quarantined

@@ -1,7 +1,8 @@
 """Loose image files, gathered into stable groups that play the part of shards.
 
-Paths are sorted; a group ends before a path whose hash is 0 modulo `group_size`, and after 4 x `group_size` files. So a
-file that is added or removed changes one group, whatever happens elsewhere.
+Paths are sorted; a group ends before a path whose hash is 0 modulo `group_size`, and what has more than 4 x `group_size`
+files is cut before its path of the smallest hash. So where groups end depends on the names there and on nothing else: a file
+that is added or removed changes its group, at most cuts it or joins it to the next, and leaves all others alone.
 """
 
 from __future__ import annotations
@@ -38,18 +39,11 @@ def shards(source: Source, store: Store) -> Iterator[Shard]:
     """Groups of the image files at each URL."""
     seen: set[str] = set()  # URLs of a list may overlap: a file belongs to the first
     for url in source.urls:
-        root = _root(store.absolute(url))
         files = sorted((f for f in store.list(url) if f.url not in seen and _is_image(f.url, source)), key=lambda f: f.url)
         if len(source.urls) > 1:
             seen.update(file.url for file in files)
-        group: list[FileStat] = []
-        for file in files:
-            boundary = int(digest(file.url)[:16], 16) % source.group_size == 0
-            if group and (boundary or len(group) >= MAX_GROUP * source.group_size):
-                yield Shard(url=printable(group[0].url), files=tuple(group), root=root)
-                group = []
-            group.append(file)
-        if group:
+        root = _root(store.absolute(url), files)
+        for group in _groups(files, source.group_size):
             yield Shard(url=printable(group[0].url), files=tuple(group), root=root)
 
 
@@ -75,15 +69,33 @@ def read(source: Source, store: Store, shard: Shard) -> Iterator[Sample]:
         yield sample
 
 
+def _groups(files: list[FileStat], group_size: int) -> Iterator[list[FileStat]]:
+    group: list[FileStat] = []
+    for file in files:
+        if group and int(digest(file.url)[:16], 16) % group_size == 0:
+            yield from _cut(group, MAX_GROUP * group_size)
+            group = []
+        group.append(file)
+    yield from _cut(group, MAX_GROUP * group_size)
+
+
+def _cut(group: list[FileStat], max_files: int) -> Iterator[list[FileStat]]:
+    if len(group) > max_files:
+        first = min(range(1, len(group)), key=lambda position: digest(group[position].url))
+        yield from _cut(group[:first], max_files)
+        yield from _cut(group[first:], max_files)
+    elif group:
+        yield group
+
+
 def _is_image(url: str, source: Source) -> bool:
-    extension = url.rpartition("/")[2].rpartition(".")[2].lower()
-    return extension == source.image.lower() if source.image else extension in IMAGE_EXTENSIONS
+    stem, _, extension = url.rpartition("/")[2].rpartition(".")
+    return bool(stem) and (extension.lower() == source.image.lower() if source.image else extension.lower() in IMAGE_EXTENSIONS)
 
 
-def _root(url: str) -> str:
+def _root(url: str, files: list[FileStat]) -> str:
     """The part of a URL that every match shares: up to the last slash before a glob, or the folder itself."""
     fixed = re.split(r"[*?\[]", url, maxsplit=1)[0]
-    if fixed != url:
+    if fixed != url or any(file.url == url for file in files):
         return fixed[: fixed.rfind("/") + 1]
-    name = url.rpartition("/")[2]
-    return url[: -len(name)] if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS else url.rstrip("/") + "/"
+    return url.rstrip("/") + "/"

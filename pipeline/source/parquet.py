@@ -1,6 +1,7 @@
 """Parquet files with encoded images in a column: plain binary, or the `{bytes, path}` struct of Hugging Face datasets.
 
-Row groups are read through a buffered stream in small batches, so memory does not grow with the row group.
+Row groups are read through a buffered stream in small batches, so memory does not grow with the row group, only with the
+page: what wrote the file decides how many images that is (pyarrow: 1024 rows or 1 MiB, whichever ends later).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Parquet as a source: image columns of every kind, keys, labels, carried columns, and files that are not what they should be."""
+"""Parquet as a source: image columns of every kind, keys, labels, carried columns, and files that are damaged."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ IMAGES = [jpeg(number) for number in range(3)]
 def source(tmp_path):
     """Make a source of one Parquet file with these columns."""
 
-    def make(columns, **settings):
-        write(tmp_path / "shard.parquet", columns)
+    def make(table, **settings):
+        write(tmp_path / "shard.parquet", table)
         return Source(config.Source(url=str(tmp_path / "shard.parquet"), **settings))
 
     return make
@@ -338,8 +338,9 @@ def test_order_and_index_go_on_across_row_groups(tmp_path):
 
 def test_memory_does_not_grow_with_the_row_group(tmp_path):
     payload = np.random.default_rng(0).bytes(200_000)
+    # A page is read whole, so it has to be smaller than the row group.
     write(
-        tmp_path / "shard.parquet", {"image": pa.array([payload] * 600, pa.binary())}, use_dictionary=False, compression="none"
+        tmp_path / "shard.parquet", {"image": pa.array([payload] * 600, pa.binary())}, use_dictionary=False, write_batch_size=8
     )
     assert (tmp_path / "shard.parquet").stat().st_size > 100 << 20
     made = Source(config.Source(url=str(tmp_path / "shard.parquet")))
@@ -354,4 +355,4 @@ def test_memory_does_not_grow_with_the_row_group(tmp_path):
         python_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert arrow_bytes + python_bytes < 40 << 20
+    assert arrow_bytes + python_bytes < 25 << 20

@@ -288,16 +288,17 @@ def test_truncated_archive_is_never_taken_for_a_short_one(source):
 
 def test_truncated_compressed_archive_is_never_taken_for_a_short_one(source):
     whole = tar([("a.jpg", jpeg(1)), ("b.jpg", jpeg(2))], "w:gz")
-    num_refused = 0
+    refused = []
     for cut in range(0, len(whole), 41):
+        made = source(whole[:cut], "shard.tar.gz")
         try:
-            found = samples(source(whole[:cut], "shard.tar.gz"))
+            found = samples(made)
         except ShardError as error:
-            assert "shard.tar.gz" in str(error)
-            num_refused += 1
+            refused.append(str(error))
         else:  # only padding and checksum are missing
             assert [sample.image for sample in found] == [jpeg(1), jpeg(2)]
-    assert num_refused > 0.9 * len(whole) / 41
+    assert len(refused) > 0.9 * len(whole) / 41
+    assert all("shard.tar.gz" in message for message in refused)
 
 
 @pytest.mark.parametrize(
@@ -400,7 +401,7 @@ def test_overlapping_globs_count_a_shard_once(tmp_path):
     made = Source(settings)
     goal = recipe.Recipe(fields={"precision": "float32"}, widths={"embedding": 2})
     found = plan.make(made.shards(), None, goal, made.layout(), Store(), str(tmp_path / "output"))
-    assert sorted(shard.url.rpartition("/")[2] for shard in found.extract) == ["a.tar", "b.tar"]
+    assert found.num_shards == 2
 
 
 def test_format_is_guessed_from_plain_urls_only():
