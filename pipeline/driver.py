@@ -192,7 +192,8 @@ def _refresh(settings: config.Config, goal: Goal, summary: Summary, allow_remova
     for attempt in range(COMMIT_ATTEMPTS):
         current, todo = goal.plan()
         summary.reasons = todo.reasons
-        if not allow_removals and todo.removed_share > settings.run.max_removed:
+        # What is gone may have moved to new shards: then only the check before the commit can tell.
+        if not allow_removals and not todo.num_new and todo.removed_share > settings.run.max_removed:
             raise _too_many_removed(todo.removed_share, settings)
         if observer is not None:
             observer.planned(todo)
@@ -232,7 +233,7 @@ def _extract(settings: config.Config, goal: Goal, todo: Plan, summary: Summary, 
                 finished.append(result.partition)
                 summary.num_bytes += result.task.shard.num_bytes
             else:
-                summary.failed[result.task.shard.url] = result.error
+                summary.failed[result.task.shard.url] = str(result.error)
             if observer is not None:
                 observer.finished(result, pool.num_ready)
         summary.extract_seconds += time.monotonic() - start
@@ -294,9 +295,10 @@ def _check_budget(settings: config.Config, finished: list[Partition]) -> None:
 
 
 def _check_shrinkage(settings: config.Config, num_before: int, remove: list[table.Entry], finished: list[Partition]) -> None:
-    """Shards that are still there but have lost most of their samples count like shards that are gone."""
-    after = {each.shard: each.num_rows for each in finished}
+    """Shards that are still there but have lost samples count like shards that are gone; samples that moved do not."""
+    after, before = {each.shard: each.num_rows for each in finished}, {entry.shard for entry in remove}
     lost = sum(max(0, entry.num_rows - after.get(entry.shard, 0)) for entry in remove)
+    lost -= sum(each.num_carried_over for each in finished if each.shard not in before)
     if num_before and lost / num_before > settings.run.max_removed:
         raise _too_many_removed(lost / num_before, settings)
 

@@ -58,7 +58,11 @@ class WorldError(PipelineError):
 
 
 class StorageError(WorldError):
-    """The store refused, or kept failing. Never holds a secret."""
+    """The store failed, and kept failing. Never holds a secret."""
+
+
+class StorageRefused(StorageError):
+    """The store answered, and the answer is no: missing, forbidden, not possible."""
 
 
 class ShardError(WorldError):

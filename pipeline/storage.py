@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import datetime
+import errno
 import io
 import os
 import random
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from pipeline.config import Storage
-from pipeline.errors import ShardChanged, StorageError
+from pipeline.errors import PipelineError, ShardChanged, StorageError, StorageRefused
 from pipeline.recipe import digest
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ PIECE_BYTES = 8 << 20
 READ_AHEAD = 2
 ONE_PUT_BYTES = 64 << 20
 """Up to this size an object is published by one PUT, above it by a multipart upload."""
-ATTEMPTS = 4
+ATTEMPTS = 5
+"""Of one request: 17 seconds of waiting at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +76,12 @@ class Store:
         protocol = fsspec.utils.get_protocol(url)
         if protocol not in self._filesystems:
             try:
-                self._filesystems[protocol] = fsspec.filesystem(protocol, skip_instance_cache=True, **self._arguments(protocol))
-            except (ImportError, ValueError) as error:
-                raise StorageError(f"{url}: {error}") from None
+                made = fsspec.filesystem(protocol, skip_instance_cache=True, **self._arguments(protocol))
+            except Exception as error:  # every filesystem has its own way to refuse what it was given
+                raise StorageRefused(f"{url}: {self.redact(str(error))}") from None
+            if _is_s3(made):
+                made.retries = 1  # `_retry` does it, with jitter: the two would multiply to minutes
+            self._filesystems[protocol] = made
         fs = self._filesystems[protocol]
         return fs, str(fs._strip_protocol(url))
 
@@ -84,6 +89,7 @@ class Store:
         settings, arguments = self.settings, dict(self.settings.options)
         if protocol in {"s3", "s3a"}:
             arguments["use_listings_cache"] = False
+            arguments.setdefault("config_kwargs", {"retries": {"max_attempts": 0}, "connect_timeout": 10, "read_timeout": 60})
             if settings.endpoint_url:
                 arguments["endpoint_url"] = settings.endpoint_url
             if settings.profile:
@@ -131,7 +137,7 @@ class Store:
         secrets += [value for name, value in os.environ.items() if re.search(r"SECRET|TOKEN|PASSWORD", name) and len(value) > 3]
         for secret in secrets:
             text = text.replace(secret, "***")
-        return text
+        return re.sub(r"\x1b\[[0-9;]*m", "", text)  # deltalake colours its errors
 
     # Listing
 
@@ -139,21 +145,15 @@ class Store:
         """Every file at `url`: the file itself, all files below a folder, or what a glob matches. Order is the store's.
 
         Raises:
-            StorageError: nothing there, or the store refused.
+            StorageRefused: nothing there, or no access.
         """
-        import fsspec
-
         fs, path = self.locate(url)
-        if fsspec.core.has_magic(path):
-            found = _retry(lambda: fs.glob(path, detail=True), url)
-        else:
-            # One listing serves folder and file; asking `info` first would cost a request and see a folder as missing on S3.
-            found = _retry(lambda: fs.find(path, detail=True), url)
+        found = False
+        for name, info in _list_s3(fs, path, url) if _is_s3(fs) else _list_any(fs, path, url):
+            found = True
+            yield self._stat(fs, name, info)
         if not found and not missing_ok:
-            raise StorageError(f"{url}: there is no such file or folder, or it is empty")
-        for name, info in found.items():
-            if info.get("type") == "file":
-                yield self._stat(fs, name, info)
+            raise StorageRefused(f"{url}: there is no such file or folder, or it is empty")
 
     def stat(self, url: str) -> FileStat:
         """Size and version of one file now.
@@ -188,7 +188,7 @@ class Store:
     def read_range(self, url: str, start: int, num_bytes: int) -> bytes:
         """One ranged read."""
         fs, path = self.locate(url)
-        return cast(bytes, _retry(lambda: fs.cat_file(path, start=start, end=start + num_bytes), url))
+        return self._exactly(num_bytes, lambda: fs.cat_file(path, start=start, end=start + num_bytes), url)
 
     def open(self, file: FileStat) -> BinaryIO:
         """A seekable reader of the object that was listed; bounded pieces are read ahead of a sequential reader.
@@ -200,9 +200,48 @@ class Store:
         fs, path = self.locate(file.url)
         if _is_local(fs):
             return self._open_local(file, path)
-        if self.stat(file.url).version != file.version:
+        # S3 checks the version with every piece; other stores are asked once.
+        if not _is_s3(fs) and self.stat(file.url).version != file.version:
             raise ShardChanged(f"{file.url}: was written anew since it was listed")
         return cast(BinaryIO, io.BufferedReader(_Pieces(self, file), buffer_size=1 << 16))
+
+    def _read_piece(self, file: FileStat, start: int, num_bytes: int) -> bytes:
+        """One ranged read of the version that was listed, and of no other."""
+        fs, path = self.locate(file.url)
+        if not _is_s3(fs):
+            return self.read_range(file.url, start, num_bytes)
+        bucket, key, _ = fs.split_path(path)
+        condition = {"IfMatch": f'"{file.version.removeprefix("etag:")}"'} if file.version.startswith("etag:") else {}
+
+        async def get() -> bytes:
+            answer = await fs._call_s3(
+                "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{start + num_bytes - 1}", **condition
+            )
+            async with answer["Body"] as body:
+                return cast(bytes, await body.read())
+
+        def attempt() -> bytes:
+            import fsspec.asyn
+
+            try:
+                return cast(bytes, fsspec.asyn.sync(fs.loop, get))
+            except OSError as error:
+                # s3fs tells a failed condition by this code; a file that is gone is another error.
+                if condition and error.errno == errno.EINVAL:
+                    raise ShardChanged(f"{file.url}: was written anew since it was listed") from None
+                raise
+
+        return self._exactly(num_bytes, attempt, file.url)
+
+    @staticmethod
+    def _exactly(num_bytes: int, read: Callable[[], bytes], url: str) -> bytes:
+        def attempt() -> bytes:
+            payload = read()
+            if len(payload) != num_bytes:
+                raise ConnectionError(f"{len(payload)} bytes came instead of {num_bytes}")
+            return payload
+
+        return _retry(attempt, url)
 
     @staticmethod
     def _open_local(file: FileStat, path: str) -> BinaryIO:
@@ -300,7 +339,7 @@ class _Pieces(io.RawIOBase):
     def _fetch(self, number: int) -> bytes:
         start = number * PIECE_BYTES
         num_bytes = min(PIECE_BYTES, self._file.num_bytes - start)
-        return self._store.read_range(self._file.url, start, num_bytes)
+        return self._store._read_piece(self._file, start, num_bytes)
 
     def close(self) -> None:
         for piece in self._pieces.values():
@@ -314,7 +353,7 @@ class _LocalUpload(io.FileIO):
 
     def __init__(self, path: str, url: str) -> None:
         self._target, self._url = Path(path), url
-        self._temporary = self._target.with_name(f".{self._target.name}.{uuid.uuid4().hex}.tmp")
+        self._temporary = self._target.with_name(f"{self._target.name}.{uuid.uuid4().hex}.tmp")
 
         def create() -> None:
             self._target.parent.mkdir(parents=True, exist_ok=True)
@@ -374,6 +413,46 @@ class _Upload(io.RawIOBase):
             self._multipart.closed = True  # or its destructor would publish what there is
 
 
+def _list_any(fs: AbstractFileSystem, path: str, url: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    import fsspec
+
+    # `find` serves folder and file; asking `info` first would cost a request and see a folder as missing on many stores.
+    listing = fs.glob if fsspec.core.has_magic(path) else fs.find
+    for name, info in _retry(lambda: listing(path, detail=True), url).items():
+        if info.get("type") == "file":
+            yield name, info
+
+
+def _list_s3(fs: AbstractFileSystem, path: str, url: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Page by page: a bucket of any size is listed in the memory of one page."""
+    import fsspec
+    from fsspec.utils import glob_translate
+
+    fixed = re.split(r"[*?\[{]", path, maxsplit=1)[0] if fsspec.core.has_magic(path) else path
+    matches = re.compile(glob_translate(path)).fullmatch if fixed != path else None
+    bucket, _, prefix = fixed.partition("/")
+    more: dict[str, str] = {}
+
+    def get() -> dict[str, Any]:
+        page = fsspec.asyn.sync(fs.loop, fs._call_s3, "list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+        return cast("dict[str, Any]", page)
+
+    while True:
+        page = _retry(get, url)
+        for info in page.get("Contents", []):
+            name = f"{bucket}/{info['Key']}"
+            below = name == path or name.startswith(f"{path.rstrip('/')}/")
+            if not name.endswith("/") and (matches(name) if matches else below):
+                yield name, {**info, "size": info["Size"], "type": "file"}
+        if not page.get("IsTruncated"):
+            return
+        more = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def _is_s3(fs: AbstractFileSystem) -> bool:
+    return type(fs).__module__.startswith("s3fs")
+
+
 def _is_local(fs: AbstractFileSystem) -> bool:
     protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
     return "file" in protocols
@@ -410,21 +489,40 @@ def _retry(attempt: Callable[[], T], url: str, missing_ok: bool = False) -> T:
     for number in range(ATTEMPTS):
         try:
             return attempt()
-        except FileNotFoundError:
+        except PipelineError:
+            raise
+        except FileNotFoundError as error:
             if missing_ok:
                 raise
-            raise StorageError(f"{url}: there is no such file or folder") from None
+            what = "bucket" if "bucket" in str(error).lower() else "file or folder"
+            raise StorageRefused(f"{url}: there is no such {what}") from None
         except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
-            raise StorageError(f"{url}: {error.strerror or error}") from None
+            raise StorageRefused(f"{url}: {_reason(error)}") from None
         except Exception as error:
+            if type(error).__name__ in {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}:
+                raise StorageRefused(f"{url}: {error}") from None
+            if isinstance(error, OSError) and error.errno in _FINAL:
+                raise StorageRefused(f"{url}: {_reason(error)}") from None
             if number == ATTEMPTS - 1 or not _transient(error):
                 raise StorageError(f"{url}: {type(error).__name__}: {error}") from None
         time.sleep(random.uniform(0.5, 1.0) * 0.2 * 4**number)
     raise AssertionError("the last attempt returns or raises")
 
 
+_FINAL = {errno.EINVAL, errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.EDQUOT}
+"""Bad names, a full or read-only disk: the same tomorrow."""
+
+
+def _reason(error: OSError) -> str:
+    """What the store said: Python's text for a system error, the store's own for an answer of its."""
+    return str(error.args[1] if len(error.args) > 1 else error) or type(error).__name__
+
+
 def _transient(error: Exception) -> bool:
     """Whether the same request may succeed later: network trouble, throttling, a server's own failure."""
-    return isinstance(error, (ConnectionError, TimeoutError, OSError)) or type(error).__module__.partition(".")[0] in {
-        "aiohttp", "botocore", "aiobotocore",
-    }  # fmt: skip
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in {
+        "aiohttp",
+        "botocore",
+        "aiobotocore",
+        "fsspec",
+    }

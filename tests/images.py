@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Iterable
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -12,6 +13,11 @@ from PIL import Image
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     """An RGB picture that compresses like a photograph: soft gradients, an edge, a little texture."""
+    return _photo(width, height, seed).copy()
+
+
+@cache
+def _photo(width: int, height: int, seed: int) -> Image.Image:
     random = np.random.default_rng(seed)
     y_HW, x_HW = np.mgrid[0:height, 0:width].astype(np.float32)
     phases_C = random.uniform(0, 6, 3).astype(np.float32)

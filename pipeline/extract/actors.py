@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import config
 from pipeline.dataset.partition import Partition
-from pipeline.errors import GuardError, IncompleteRun, PipelineError, ShardChanged, StorageError
+from pipeline.errors import GuardError, IncompleteRun, PipelineError, ShardChanged, StorageError, StorageRefused, WorldError
 from pipeline.extract.carry import NOTHING_KNOWN, KnownRows, Task
 from pipeline.recipe import Recipe
 from pipeline.source import Source
@@ -47,10 +47,8 @@ class Result:
 
     task: Task
     partition: Partition | None = None
-    error: str = ""
+    error: PipelineError | None = None
     """Why there is no partition."""
-    fatal: PipelineError | None = None
-    """A broken promise: no other shard would fare better."""
     stages: dict[str, float] = dataclasses.field(default_factory=dict)
     """Seconds by stage that the actor spent since its last result."""
 
@@ -108,10 +106,8 @@ class Extractor:
         """Extract one shard. Several calls run at once, so that batches are packed across shards."""
         try:
             partition = self._loop.submit(task).result()
-        except GuardError as error:
-            return Result(task=task, error=str(error), fatal=error)
         except PipelineError as error:
-            return Result(task=task, error=f"{type(error).__name__}: {error}", stages=self._loop.stages.take())
+            return Result(task=task, error=error, stages=self._loop.stages.take())
         return Result(task=task, partition=partition, stages=self._loop.stages.take())
 
 
@@ -238,19 +234,19 @@ class Pool:
             result: Result = ray.get(ref)
         except RayActorError:
             self._bury(worker, waiting)
-            return self._again(task, waiting, "the actor died while it had this shard in hand")
+            return self._again(task, waiting, WorldError("the actor died while it had this shard in hand"))
         except RayTaskError as error:
-            return self._again(task, waiting, str(_cause(error)))
-        if result.fatal is not None:
-            raise result.fatal
-        if result.error.startswith(ShardChanged.__name__):
+            return self._again(task, waiting, WorldError(str(_cause(error))))
+        if isinstance(result.error, GuardError):
+            raise result.error  # a broken promise: no other shard would fare better
+        if isinstance(result.error, ShardChanged):
             now = source.relist(task.shard)
             return self._again(dataclasses.replace(task, shard=now) if now else task, waiting, result.error)
-        if result.error.startswith(StorageError.__name__):
+        if isinstance(result.error, StorageError) and not isinstance(result.error, StorageRefused):
             return self._again(task, waiting, result.error)
         return result
 
-    def _again(self, task: Task, waiting: collections.deque[Task], why: str) -> Result | None:
+    def _again(self, task: Task, waiting: collections.deque[Task], why: PipelineError) -> Result | None:
         url = task.shard.url
         self._attempts[url] += 1
         if self._attempts[url] >= self._settings.run.max_attempts:

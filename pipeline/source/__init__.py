@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 from pipeline import config
-from pipeline.errors import SourceError, StorageError
+from pipeline.errors import SourceError, StorageError, StorageRefused
 from pipeline.recipe import FORMAT_VERSION, Layout
 from pipeline.source.sample import Format, Sample, Shard
 from pipeline.storage import Store
@@ -69,7 +69,7 @@ class Source:
         """
         try:
             return self._format.fields(self.settings, self.store)
-        except StorageError as error:
+        except StorageRefused as error:
             raise SourceError(f"source.url: {error}") from None
 
     def layout(self) -> Layout:
@@ -98,7 +98,7 @@ class Source:
             for shard in self._format.shards(self.settings, self.store):
                 found = True
                 yield shard
-        except StorageError as error:
+        except StorageRefused as error:
             raise SourceError(f"source.url: {error}") from None
         if not found:
             raise SourceError(
