@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from pipeline.errors import ConfigError, nearest
 
@@ -26,12 +27,25 @@ RESERVED_COLUMNS = frozenset({"key", "label", "shard", "index", "url", "offset",
 """Column names of every dataset, not free for nodes and carried columns."""
 
 _COLUMN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_CREDENTIALS = re.compile(r"://[^/@\s\[]*:(?!\d+(?:/|$))[^@\s]*@|(?<=http)://[^/@\s]*@|(?<=https)://[^/@\s]*@")
+"""`user:password@`, where a password may hold a slash as AWS's do, or a token in front of a web host; a port is none."""
+
+
+def _no_truth_value(value: Any) -> Any:
+    """YAML's `yes` and `on` are no numbers, although Python could count with them."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("not_a_number", "not a number")
+    return value
+
+
+_NUMBER = BeforeValidator(_no_truth_value)
+_Number = Annotated[float, _NUMBER]
 
 
 class Section(BaseModel):
     """Base of all sections: unknown keys refused, values immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Storage(Section):
@@ -46,6 +60,12 @@ class Storage(Section):
     """Read a public bucket without credentials."""
     options: dict[str, Any] = Field(default_factory=dict, repr=False)
     """Keyword arguments of the fsspec filesystem."""
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _plain(cls, endpoint_url: str | None) -> str | None:
+        _refuse_credentials(endpoint_url or "")
+        return endpoint_url
 
 
 class Source(Section):
@@ -67,9 +87,9 @@ class Source(Section):
     that holds binary or `{bytes, path}`)."""
     key: str | None = None
     """Parquet column with the sample's key; the row number when left out."""
-    group_size: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    group_size: Annotated[int, Field(ge=1, le=100_000), _NUMBER] = 1000
     """Loose files: mean number of files in a shard."""
-    max_pixels: Annotated[int, Field(ge=1, le=2**31 - 1)] = 100_000_000
+    max_pixels: Annotated[int, Field(ge=1, le=2**31 - 1), _NUMBER] = 100_000_000
     """An image whose header claims more pixels is quarantined before anything is decoded."""
     storage: Storage = Storage()
 
@@ -91,12 +111,7 @@ class Source(Section):
     @field_validator("columns")
     @classmethod
     def _known_columns(cls, columns: list[str] | None) -> list[str] | None:
-        names = [c.rpartition(".")[2] for c in columns or []]
-        for name in names:
-            if not _COLUMN_NAME.fullmatch(name) or name in RESERVED_COLUMNS:
-                raise ValueError(f"{name!r} cannot name a column; letters, digits and _, and not {_list(RESERVED_COLUMNS)}")
-            if names.count(name) > 1:
-                raise ValueError(f"{name!r} appears twice")
+        _check_columns([c.rpartition(".")[2] for c in columns or []])
         return columns
 
 
@@ -114,23 +129,29 @@ class Node(Section):
 class Preprocess(Section):
     """How a decoded image becomes the model's input. Given only where model and weights do not say it themselves."""
 
-    resize: Annotated[int, Field(ge=1, le=4096)] = 256
+    resize: Annotated[int, Field(ge=1, le=4096), _NUMBER] = 256
     """Length in pixels that the shorter side is resized to."""
-    crop: Annotated[int, Field(ge=1, le=4096)] = 224
+    crop: Annotated[int, Field(ge=1, le=4096), _NUMBER] = 224
     """Side in pixels of the square taken from the centre."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """How new pixels are made from old ones; always with antialiasing."""
+    mean: tuple[_Number, _Number, _Number] = (0.485, 0.456, 0.406)
     """Subtracted per channel from values in [0, 1]."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: tuple[_Number, _Number, _Number] = (0.229, 0.224, 0.225)
     """Divided by per channel after the mean was subtracted."""
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Preprocess:
         if self.crop > self.resize:
             raise ValueError(f"crop {self.crop} is larger than resize {self.resize}")
-        if not all(s > 0 for s in self.std):
-            raise ValueError("std must be positive")
         return self
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, std: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(std) <= 0:
+            raise ValueError("allowed: numbers above 0")
+        return std
 
 
 class Backbone(Section):
@@ -174,9 +195,7 @@ class Backbone(Section):
     def _columns(cls, nodes: dict[str, Node]) -> dict[str, Node]:
         if not nodes:
             raise ValueError("name at least one node, for example embedding: {node: flatten}")
-        for column in nodes:
-            if not _COLUMN_NAME.fullmatch(column) or column in RESERVED_COLUMNS:
-                raise ValueError(f"{column!r} cannot name a column; letters, digits and _, and not {_list(RESERVED_COLUMNS)}")
+        _check_columns(list(nodes))
         return nodes
 
 
@@ -199,21 +218,21 @@ class Output(Section):
 class Run(Section):
     """How the work is done. Nothing but `precision` changes an embedding."""
 
-    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    workers: Annotated[int, Field(ge=1), _NUMBER] | Literal["auto"] = "auto"
     """Actors: one per GPU of the cluster, else one per CPU node."""
     precision: Precision = "float32"
     """Arithmetic of the forward pass, part of the recipe. Half precisions are stored rounded to float16 values."""
-    batch_size: Annotated[int, Field(ge=1, le=65_536)] | Literal["auto"] = "auto"
+    batch_size: Annotated[int, Field(ge=1, le=65_536), _NUMBER] | Literal["auto"] = "auto"
     """Images in one forward pass; every pass has this size, padded."""
-    threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
+    threads: Annotated[int, Field(ge=1, le=1024), _NUMBER] | Literal["auto"] = "auto"
     """Worker threads of one actor: its share of the node's cores."""
-    num_gpus: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
+    num_gpus: Annotated[float, Field(gt=0, le=1), _NUMBER] | Literal["auto"] = "auto"
     """Share of a GPU that one actor takes; `auto` is a whole one where the cluster has GPUs."""
-    max_failed: Annotated[float, Field(ge=0, le=1)] = 0.01
+    max_failed: Annotated[float, Field(ge=0, le=1), _NUMBER] = 0.01
     """Share of the samples read in this run that may be quarantined; ten always may."""
-    max_removed: Annotated[float, Field(ge=0, le=1)] = 0.2
+    max_removed: Annotated[float, Field(ge=0, le=1), _NUMBER] = 0.2
     """Share of the dataset's rows that may vanish in one run without --allow-removals."""
-    max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    max_attempts: Annotated[int, Field(ge=1, le=100), _NUMBER] = 3
     """How often a shard is tried before it counts as failed."""
 
 
@@ -226,11 +245,11 @@ class Probe(Section):
     """Embedding column; the first one when left out."""
     standardize: bool = True
     """Subtract the train mean and divide by the train deviation, per feature."""
-    validation: Annotated[float, Field(gt=0, lt=0.5)] = 0.15
+    validation: Annotated[float, Field(gt=0, lt=0.5), _NUMBER] = 0.15
     """Share of the content hashes that C is chosen on."""
-    test: Annotated[float, Field(gt=0, lt=0.5)] = 0.15
+    test: Annotated[float, Field(gt=0, lt=0.5), _NUMBER] = 0.15
     """Share of the content hashes that the final model is scored on, once."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0), _NUMBER] = 0
     """Changes the split."""
 
 
@@ -248,9 +267,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _columns_are_unique(self) -> Config:
-        carried = {c.rpartition(".")[2] for c in self.source.columns or ["txt", "json"]}
+        selectors = ["txt", "json"] if self.source.columns is None else self.source.columns
+        carried = {selector.rpartition(".")[2].lower() for selector in selectors}
         for column in self.backbone.nodes:
-            if column in carried:
+            if column.lower() in carried:
                 raise ValueError(f"backbone.nodes.{column}: source.columns carries a column of that name; rename the node's")
         if self.probe and self.probe.node and self.probe.node not in self.backbone.nodes:
             raise ValueError(
@@ -276,14 +296,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: the config cannot be read: {reason}") from None
     try:
         raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: the 31st of February
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a config is a mapping with the sections {_list(Config.model_fields)}")
-    for override in overrides:
-        _override(raw, override)
+        reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise ConfigError(f"{path}{where}: not valid YAML: {reason}") from None
+    if isinstance(raw, dict):
+        for override in overrides:
+            _override(raw, override)
     return parse(raw, str(path))
 
 
@@ -293,10 +313,12 @@ def parse(raw: dict[str, Any], name: str = "config") -> Config:
     Raises:
         ConfigError: one line a mistake: field, value, what is allowed.
     """
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{name}: a config is a mapping with the sections {_list(Config.model_fields)}")
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(name, e) for e in error.errors())) from None
+        raise ConfigError(_explain(name, error.errors())) from None
 
 
 def dump(config: Config) -> str:
@@ -315,55 +337,85 @@ def json_schema() -> dict[str, Any]:
 
 def _override(raw: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"--set {override}: write --set section.key=value")
     *parents, last = path.split(".")
+    if not equals or not last or not all(parents):
+        raise ConfigError(f"--set {path}: write --set section.key=value")
     place = raw
-    for parent in parents:
+    for depth, parent in enumerate(parents):
         if place.get(parent) is None:
             place[parent] = {}
         place = place[parent]
         if not isinstance(place, dict):
-            raise ConfigError(f"--set {override}: {parent} is a value, not a section")
+            raise ConfigError(f"--set {path}: {'.'.join(parents[: depth + 1])} is a value, not a section")
     try:
         place[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: the value is not valid YAML") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ConfigError(f"--set {path}: the value is not valid YAML") from None
 
 
 def _refuse_credentials(url: str) -> None:
-    authority = url.partition("://")[2].partition("/")[0]
-    if ":" in authority.rpartition("@")[0]:
+    if _CREDENTIALS.search(url):
         raise ValueError("credentials do not belong into a URL; use the environment, a profile or storage.options")
+
+
+def _check_columns(names: list[str]) -> None:
+    # Delta and most readers see no difference between upper and lower case.
+    lower = [name.lower() for name in names]
+    for name in names:
+        if not _COLUMN_NAME.fullmatch(name) or name.lower() in RESERVED_COLUMNS:
+            raise ValueError(f"{name!r} cannot name a column; letters, digits and _, and not {_list(RESERVED_COLUMNS)}")
+        if lower.count(name.lower()) > 1:
+            raise ValueError(f"{name!r} appears twice")
 
 
 def _list(names: object) -> str:
     return ", ".join(sorted(str(n) for n in names))  # type: ignore[attr-defined]
 
 
-def _explain(name: str, error: Any) -> str:
-    """One line for one pydantic error."""
-    location = [str(part) for part in error["loc"]]
-    # pydantic appends the union's branch ("int", "literal['auto']", "str") to the path: it is no key of the file.
-    while location and not _is_key(location):
-        location.pop()
+def _explain(name: str, errors: Sequence[Any]) -> str:
+    """One line a mistake. pydantic reports every branch of a union: of a field's errors the deepest know best."""
+    fields = [_field(error["loc"]) for error in errors]
+    depth: dict[tuple[str, ...], int] = {}
+    for field, error in zip(fields, errors, strict=True):
+        depth[field] = max(depth.get(field, 0), len(error["loc"]))
+    found = zip(fields, errors, strict=True)
+    return "\n".join(dict.fromkeys(_line(name, field, error) for field, error in found if len(error["loc"]) == depth[field]))
+
+
+def _field(loc: Sequence[str | int]) -> tuple[str, ...]:
+    """The key of the file that an error is about."""
+    field = [str(part) for part in loc]
+    if field[-1:] == ["[key]"]:
+        del field[-2:]
+    # pydantic appends the union's branch ("int", "literal['auto']", "str") and the position in a list.
+    while field and not _is_key(field):
+        field.pop()
+    return tuple(field)
+
+
+def _line(name: str, location: Sequence[str], error: Any) -> str:
+    """What is wrong with one field."""
     field = ".".join(location)
     value = error["input"]
     kind, ctx = error["type"], error.get("ctx", {})
-    if kind == "extra_forbidden":
+    if kind in {"extra_forbidden", "invalid_key"}:
         siblings = _siblings(location)
         hint = nearest(location[-1], siblings) or f"allowed are {_list(siblings)}"
         return f"{name}: {field}: unknown key; {hint}"
-    if kind == "missing":
+    if kind == "missing" and isinstance(error["loc"][-1], str):
         return f"{name}: {field}: missing; it is required"
     if kind == "value_error":
         shown = f"{_short(value)}: " if field and not isinstance(value, dict) else ""
         return f"{name}: {field + ': ' if field else ''}{shown}{ctx.get('error', error['msg'])}"
-    return f"{name}: {field}: {_short(value)} is wrong; {_allowed(location) or error['msg']}"
+    # What was meant as an option of a store may be a secret.
+    shown = "the value" if "storage" in location[-2:] and location[-1] in {"storage", "options"} else _short(value)
+    return f"{name}: {field}: {shown} is wrong; {_allowed(location)}"
 
 
 def _short(value: object) -> str:
-    text = re.sub(r"://[^/@\s]*@", "://***@", repr(value))
+    if value is None or isinstance(value, bool):
+        return {None: "nothing", True: "true", False: "false"}[value]
+    text = re.sub(r"://[^/@\s]*@", "://***@", _CREDENTIALS.sub("://***@", repr(value)))
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -373,7 +425,7 @@ def _model_at(location: Sequence[str]) -> type[Section] | None:
         "source": Source, "source.storage": Storage, "output": Output, "output.storage": Storage, "run": Run, "probe": Probe,
         "backbone": Backbone, "backbone.preprocess": Preprocess, "": Config,
     }  # fmt: skip
-    if len(location) == 3 and location[:2] == ["backbone", "nodes"]:
+    if len(location) == 3 and tuple(location[:2]) == ("backbone", "nodes"):
         return Node
     return models.get(".".join(location))
 
@@ -388,17 +440,17 @@ def _is_key(location: Sequence[str]) -> bool:
     parent = _model_at(location[:-1])
     if parent is not None:
         return True
-    return location[:2] == ["backbone", "nodes"] and len(location) == 3
+    return tuple(location[:2]) == ("backbone", "nodes") and len(location) == 3
 
 
 def _allowed(location: Sequence[str]) -> str:
     """What a field accepts, from its JSON schema: `allowed: auto, or a whole number from 1`."""
+    if tuple(location[:2]) == ("backbone", "nodes") and len(location) < 4:
+        return "allowed: column names, each with a section such as {node: flatten}"
     parent = _model_at(location[:-1])
-    if parent is None or location[-1] not in parent.model_fields:
-        return ""
+    assert parent is not None, "only keys of sections are looked up"
     schema = parent.model_json_schema()["properties"][location[-1]]
-    ways = [_describe(way) for way in schema.get("anyOf", [schema])]
-    return "allowed: " + ", or ".join(way for way in ways if way)
+    return "allowed: " + ", or ".join(_describe(way) for way in schema.get("anyOf", [schema]))
 
 
 def _describe(schema: dict[str, Any]) -> str:
@@ -406,12 +458,19 @@ def _describe(schema: dict[str, Any]) -> str:
         return ", ".join(str(v) for v in schema.get("enum", [schema.get("const")]))
     if "$ref" in schema or schema.get("type") == "object":
         return "a section with keys of its own"
+    if "prefixItems" in schema:
+        return f"a list of {len(schema['prefixItems'])} numbers"
     word = {
         "integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false",
-        "array": "a list", "null": "nothing",
-    }.get(schema.get("type", ""), "")  # fmt: skip
-    low = schema.get("minimum", schema.get("exclusiveMinimum"))
-    high = schema.get("maximum", schema.get("exclusiveMaximum"))
-    bounds = [f"{'above' if 'exclusiveMinimum' in schema else 'from'} {low}"] if low is not None else []
-    bounds += [f"{'below' if 'exclusiveMaximum' in schema else 'to'} {high}"] if high is not None else []
+        "array": "a list of text", "null": "nothing",
+    }[schema["type"]]  # fmt: skip
+    bounds = []
+    if "minimum" in schema:
+        bounds.append(f"from {schema['minimum']}")
+    if "exclusiveMinimum" in schema:
+        bounds.append(f"above {schema['exclusiveMinimum']}")
+    if "maximum" in schema:
+        bounds.append(f"{'to' if 'minimum' in schema else 'and up to'} {schema['maximum']}")
+    if "exclusiveMaximum" in schema:
+        bounds.append(f"and below {schema['exclusiveMaximum']}")
     return " ".join([word, *bounds])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import ray
 from PIL import Image
+from s3 import S3Server
 from sklearn.datasets import load_sample_images
 
 from pipeline import config
@@ -33,24 +34,12 @@ def crops(count: int, seed: int = 0, size: tuple[int, int] = (320, 240)) -> list
     return encoded
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    """A tar with these members, in this order."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, payload in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(payload)
-            tar.addfile(member, io.BytesIO(payload))
-
-
 def write_shards(folder: Path, images: list[bytes], per_shard: int, extension: str = "jpg") -> None:
     """Images as WebDataset shards with their number modulo 2 as the class."""
+    folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(images), per_shard):
-        members = {}
-        for number in range(start, min(start + per_shard, len(images))):
-            members[f"{number:05d}.{extension}"] = images[number]
-            members[f"{number:05d}.cls"] = str(number % 2).encode()
-        write_tar(folder / f"{start // per_shard:03d}.tar", members)
+        members = shard_members(images[start : start + per_shard], start, extension)
+        (folder / f"{start // per_shard:03d}.tar").write_bytes(tar_bytes(members))
 
 
 def settings(source: Path | str, output: Path | str, **changes: Any) -> config.Config:
@@ -68,6 +57,37 @@ def settings(source: Path | str, output: Path | str, **changes: Any) -> config.C
             place = place.setdefault(parent, {})
         place[last] = value
     return config.parse(raw)
+
+
+def noise(count: int, seed: int = 0, side: int = 24) -> list[bytes]:
+    """Small PNGs, no two alike: for tests that count images and do not look at them."""
+    rng = np.random.default_rng(seed)
+    encoded = []
+    for _ in range(count):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(file, "PNG")
+        encoded.append(file.getvalue())
+    return encoded
+
+
+def tar_bytes(members: dict[str, bytes]) -> bytes:
+    """A tar with these members, in this order."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, payload in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(payload)
+            tar.addfile(member, io.BytesIO(payload))
+    return buffer.getvalue()
+
+
+def shard_members(images: list[bytes], first: int, extension: str = "png") -> dict[str, bytes]:
+    """Members of one WebDataset shard; the class is the image's number modulo 2."""
+    members = {}
+    for number, image in enumerate(images, start=first):
+        members[f"{number:05d}.{extension}"] = image
+        members[f"{number:05d}.cls"] = str(number % 2).encode()
+    return members
 
 
 @pytest.fixture(scope="session")
@@ -90,3 +110,10 @@ def local_ray() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server on this machine."""
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
+        yield server

@@ -7,9 +7,12 @@ from and is never retried blindly: what lost a race looks first, and plans again
 
 from __future__ import annotations
 
+import datetime
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,12 +20,12 @@ from typing import Any
 import pyarrow as pa
 from deltalake import DeltaTable, Schema
 from deltalake.exceptions import DeltaError, TableNotFoundError
-from deltalake.transaction import AddAction, CommitProperties, RemoveAction, create_table_with_add_actions
+from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction, create_table_with_add_actions
 
-from pipeline.dataset.partition import Partition
-from pipeline.errors import CommitConflict, DatasetError, StorageError
+from pipeline.dataset.partition import DATA_FOLDER, Partition, identity_of
+from pipeline.errors import CommitConflict, ConfigError, DatasetError, StorageError
 from pipeline.recipe import FORMAT_VERSION, Layout, Recipe, canonical
-from pipeline.storage import Store
+from pipeline.storage import FileStat, Store, join
 
 PARTITION_COLUMNS = ("_shard", "_fingerprint", "_recipe", "_layout", "_quarantined")
 """Delta partition values of every file: what it was made from, what by, and how many samples it could not embed."""
@@ -30,6 +33,12 @@ CONFIGURATION = {
     # Old versions open for a year; Delta's own default forgets them after 30 days.
     "delta.logRetentionDuration": "interval 365 days",
 }
+KEEP_VERSIONS = 10
+KEEP_YOUNGER = datetime.timedelta(days=7)
+"""What `vacuum` spares unless told otherwise. A run names its partitions only when it commits, and adopts those of 3 days."""
+
+_OURS = re.compile(r"(\.parquet|\.quarantine\.json)(\.[0-9a-f]{32}\.tmp)?$")
+"""Ends of the names in the data folder: a partition, its quarantine, and either of them while it is written locally."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +75,8 @@ class Table:
             DatasetError: no such version, not a table of this program, or one of a newer format.
             StorageError: the store refused.
         """
+        if version is not None and version < 0:
+            raise DatasetError(f"{url}: there is no version {version}; the first one is 0")
         location = store.absolute(url)
         try:
             delta = DeltaTable(location, version=version, storage_options=store.delta_options(location))
@@ -137,8 +148,16 @@ class Table:
         return sum(entry.num_rows for entry in self.entries)
 
     def history(self, limit: int | None = None) -> list[dict[str, Any]]:
-        """Commits, newest first: `version`, `timestamp` in ms, `run_id`, and what the commit did."""
+        """Commits, newest first: `version`, `timestamp` in ms, and as text `run_id`, `num_rows`, `num_added`, `num_removed`.
+
+        The last three (rows of the version, partitions added and removed) are missing where another program committed.
+        deltalake holds the GIL while it waits for the store: not for a process that serves that store too.
+        """
         return [dict(commit) for commit in self._delta.history(limit)]
+
+    def has_commit_of(self, run_id: str) -> bool:
+        """Whether the commit of that run is part of this version's history."""
+        return self._delta.transaction_version(run_id) is not None
 
     def commit(
         self, run_id: str, add: Sequence[Partition], remove: Sequence[Entry], recipe: Recipe, layout: Layout, schema: pa.Schema
@@ -157,19 +176,18 @@ class Table:
             actions += [
                 RemoveAction(entry.path, True, now, size=entry.num_bytes, partition_values=entry.values) for entry in remove
             ]
-        paths = {partition.path for partition in add}
+        removed = self.entries if replaces else remove
         try:
             self._delta.create_write_transaction(
                 actions,
                 mode="overwrite" if replaces else "append",
                 schema=_delta_schema(schema, recipe, layout) if replaces else self._delta.schema(),
                 partition_by=list(PARTITION_COLUMNS),
-                # No retry: this handle saw the version that was planned from, and that is what the commit has to follow.
-                commit_properties=CommitProperties(custom_metadata=_commit_info(run_id, recipe), max_commit_retries=0),
+                commit_properties=_properties(run_id, recipe, add, removed, self.num_rows),
             )
         except (DeltaError, OSError) as error:
-            return _landed(self.store, self.url, run_id, paths, error)
-        return self._delta.version()
+            return _landed(self.store, self.url, run_id, self.version, error)
+        return self.version + 1  # without retries it can be no other
 
 
 def create(
@@ -190,20 +208,104 @@ def create(
             partition_by=list(PARTITION_COLUMNS),
             configuration=CONFIGURATION,
             storage_options=store.delta_options(location),
-            commit_properties=CommitProperties(custom_metadata=_commit_info(run_id, recipe), max_commit_retries=0),
+            commit_properties=_properties(run_id, recipe, add),
         )
     except (DeltaError, OSError) as error:
-        return _landed(store, url, run_id, {partition.path for partition in add}, error)
+        return _landed(store, url, run_id, -1, error)
     return 0
 
 
-def _landed(store: Store, url: str, run_id: str, paths: set[str], error: Exception) -> int:
-    """A commit that raised may have landed, its answer lost on the way: look before deciding."""
-    table = Table.open(store, url)
-    if table is not None:
-        for commit in table.history(20):
-            if commit.get("run_id") == run_id and paths <= {entry.path for entry in table.entries}:
-                return int(commit["version"])
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vacuumed:
+    """What `vacuum` removed, or would remove."""
+
+    kept_versions: list[int]
+    files: list[FileStat]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the files."""
+        return sum(file.num_bytes for file in self.files)
+
+
+def vacuum(
+    store: Store,
+    url: str,
+    *,
+    keep_versions: int = KEEP_VERSIONS,
+    keep_younger: datetime.timedelta = KEEP_YOUNGER,
+    dry_run: bool = False,
+) -> Vacuumed:
+    """Remove the partitions that none of the newest versions names, their quarantine, and what killed writers left behind.
+
+    Only files of this program in the data folder are removed, and none that is younger than `keep_younger` or whose age the
+    store does not tell. Older versions stay in the log; reading one says that it was vacuumed. deltalake's own vacuum removes
+    the quarantine files of partitions that are kept, and commits two versions that a run in progress would conflict with.
+
+    Raises:
+        ConfigError: no version, or a negative age, is to be kept.
+        DatasetError: there is no dataset, or a version to keep cannot be read; nothing was removed.
+    """
+    if keep_versions < 1:
+        raise ConfigError(f"keep-versions: {keep_versions} is not allowed; at least 1")
+    if keep_younger < datetime.timedelta(0):
+        raise ConfigError(f"older-than: {keep_younger.total_seconds() / 86400:g} days is not allowed; at least 0")
+    newest = time.time() - keep_younger.total_seconds()
+    # Listed before the log is read: what is committed in between is then named.
+    listing = store.list(join(url, DATA_FOLDER), missing_ok=True)
+    old = {_relative(store, url, file): file for file in listing if 0 < file.modified < newest}
+    kept = _versions(store, url)[-keep_versions:]
+    named: set[str] = set()
+    for version in kept:
+        table = Table.open(store, url, version)
+        assert table is not None, "the log names this version"
+        named |= {entry.path for entry in table.entries}
+    if not kept:
+        raise DatasetError(f"{url}: there is no dataset yet; `pipeline run` makes one")
+    files = [file for path, file in sorted(old.items()) if _is_waste(path, named)]
+    if not dry_run:
+        with ThreadPoolExecutor(16) as threads:
+            for _ in threads.map(lambda file: store.delete(file.url), files):
+                pass
+    return Vacuumed(kept_versions=kept, files=files)
+
+
+def _is_waste(path: str, named: set[str]) -> bool:
+    """Whether a file belongs to a partition that is not named, or was never finished."""
+    end = _OURS.search(path)
+    if end is None:
+        return False
+    owner = path[: end.start()] + ".parquet"
+    return identity_of(owner) is not None and (end[2] is not None or owner not in named)
+
+
+def _versions(store: Store, url: str) -> list[int]:
+    """Versions that the log has, oldest first."""
+    names = [file.url.rpartition("/")[2] for file in store.list(join(url, "_delta_log"), missing_ok=True)]
+    return sorted(int(name[:20]) for name in names if re.fullmatch(r"\d{20}\.json", name))
+
+
+def _relative(store: Store, url: str, file: FileStat) -> str:
+    """Path of a file as the log would name it."""
+    return file.url.removeprefix(join(store.absolute(url), ""))
+
+
+def _landed(store: Store, url: str, run_id: str, planned: int, error: Exception) -> int:
+    """A commit that raised may have landed, its answer lost on the way: look before deciding.
+
+    Args:
+        planned: the version that was planned from; -1 where there was none.
+
+    Returns:
+        The version that this run's commit made.
+    """
+    newest = Table.open(store, url)
+    if newest is not None and newest.has_commit_of(run_id):
+        for version in range(planned + 1, newest.version):
+            earlier = Table.open(store, url, version)
+            if earlier is not None and earlier.has_commit_of(run_id):
+                return version
+        return newest.version
     raise CommitConflict(f"{url}: {store.redact(str(error))}") from None
 
 
@@ -233,8 +335,24 @@ def _delta_schema(schema: pa.Schema, recipe: Recipe, layout: Layout) -> Schema:
     return Schema.from_arrow(pa.schema([*schema, *manifest]))
 
 
-def _commit_info(run_id: str, recipe: Recipe) -> dict[str, str]:
-    return {"run_id": run_id, "recipe_id": recipe.recipe_id}
+def _properties(
+    run_id: str, recipe: Recipe, add: Sequence[Partition], remove: Sequence[Entry] = (), num_rows_before: int = 0
+) -> CommitProperties:
+    num_rows = num_rows_before + sum(each.num_rows for each in add) - sum(each.num_rows for each in remove)
+    return CommitProperties(
+        # What the history shows of a commit, so that showing it opens no other version.
+        custom_metadata={
+            "run_id": run_id,
+            "recipe_id": recipe.recipe_id,
+            "num_rows": str(num_rows),
+            "num_added": str(len(add)),
+            "num_removed": str(len(remove)),
+        },
+        # No retry: the handle saw the version that was planned from, and that is what the commit has to follow.
+        max_commit_retries=0,
+        # How a commit whose answer was lost is found again.
+        app_transactions=[Transaction(run_id, 1)],
+    )
 
 
 def _now_ms() -> int:

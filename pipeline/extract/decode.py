@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ EXIF_SEARCH_BYTES = 1 << 18
 _JUNK = re.compile(r"(\d+) extraneous bytes before marker 0x(..)")
 _HEADER_MARKERS = frozenset([0xC0, 0xC1, 0xC2, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE])
 
+# PIL warns of odd metadata, for each odd value anew. Once here: `warnings.catch_warnings` is not safe between threads.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is checked from the header instead, before any pixel is decoded
 
 _RESIZE = {
