@@ -39,7 +39,7 @@ def _no_truth_value(value: Any) -> Any:
 
 
 _NUMBER = BeforeValidator(_no_truth_value)
-_Number = Annotated[float, _NUMBER]
+_Channel = Annotated[float, _NUMBER]
 
 
 class Section(BaseModel):
@@ -80,7 +80,7 @@ class Source(Section):
     label_type: ColumnType | None = None
     """Type of the label column; default int64 for the sibling `cls`, a Parquet column's own type, otherwise string."""
     columns: list[str] | None = None
-    """What to carry along: tar siblings (`txt`, `json`, `json.width`) or Parquet columns. Default: `txt` and `json` of a
+    """What to carry along: tar siblings (`txt`, `json`, `json.author`) or Parquet columns. Default: `txt` and `json` of a
     tar, nothing otherwise."""
     image: str | None = None
     """Extension of the image in a tar (default: any image extension) or name of the Parquet column (default: the only one
@@ -135,9 +135,9 @@ class Preprocess(Section):
     """Side in pixels of the square taken from the centre."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """How new pixels are made from old ones; always with antialiasing."""
-    mean: tuple[_Number, _Number, _Number] = (0.485, 0.456, 0.406)
+    mean: tuple[_Channel, _Channel, _Channel] = (0.485, 0.456, 0.406)
     """Subtracted per channel from values in [0, 1]."""
-    std: tuple[_Number, _Number, _Number] = (0.229, 0.224, 0.225)
+    std: tuple[_Channel, _Channel, _Channel] = (0.229, 0.224, 0.225)
     """Divided by per channel after the mean was subtracted."""
 
     @model_validator(mode="after")
@@ -459,7 +459,7 @@ def _describe(schema: dict[str, Any]) -> str:
     if "$ref" in schema or schema.get("type") == "object":
         return "a section with keys of its own"
     if "prefixItems" in schema:
-        return f"a list of {len(schema['prefixItems'])} numbers"
+        return f"a list of {len(schema['prefixItems'])} finite numbers"
     word = {
         "integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false",
         "array": "a list of text", "null": "nothing",

@@ -25,7 +25,15 @@ from pipeline.dataset import partition, table
 from pipeline.dataset.partition import Partition
 from pipeline.dataset.read import Dataset, open_dataset
 from pipeline.dataset.table import Table
-from pipeline.errors import BudgetExceeded, CommitConflict, DatasetError, IncompleteRun, PipelineError, RemovalRefused
+from pipeline.errors import (
+    BudgetExceeded,
+    CommitConflict,
+    DatasetError,
+    IncompleteRun,
+    PipelineError,
+    RemovalRefused,
+    StorageError,
+)
 from pipeline.plan import Plan
 from pipeline.recipe import Layout, Recipe
 from pipeline.source import Source
@@ -171,19 +179,17 @@ def run(settings: config.Config, *, allow_removals: bool = False, observer: Obse
     goal = Goal.of(settings)
     summary = Summary(run_id=_new_run_id(), output=settings.output.url, recipe_id=goal.recipe.recipe_id)
     try:
-        try:
-            _refresh(settings, goal, summary, allow_removals, observer)
-            if settings.probe is not None and summary.version is not None:
-                summary.probe = _probe(settings, settings.probe, goal, summary)
-        except PipelineError as error:
-            summary.error = str(error)
-            raise
-        finally:
-            summary.seconds = time.monotonic() - start
-            _save(settings, goal, summary)
+        _refresh(settings, goal, summary, allow_removals, observer)
+        if settings.probe is not None and summary.version is not None:
+            summary.probe = _probe(settings, settings.probe, goal, summary)
     except PipelineError as error:
+        summary.error, summary.seconds = str(error), time.monotonic() - start
         error.summary = summary  # type: ignore[attr-defined] # for `--json`, which reports a failed run too
+        with contextlib.suppress(StorageError):  # the store may be what failed
+            _save(goal, summary)
         raise
+    summary.seconds = time.monotonic() - start
+    _save(goal, summary)
     return summary
 
 
@@ -195,6 +201,10 @@ def _refresh(settings: config.Config, goal: Goal, summary: Summary, allow_remova
         # What is gone may have moved to new shards: then only the check before the commit can tell.
         if not allow_removals and not todo.num_new and todo.removed_share > settings.run.max_removed:
             raise _too_many_removed(todo.removed_share, settings)
+        if attempt == 0:
+            # Before hours of work: whether the output can be written at all.
+            config_url = join(goal.url, RUNS_FOLDER, summary.run_id, "config.yaml")
+            goal.store.write(config_url, config.dump(settings).encode())
         if observer is not None:
             observer.planned(todo)
         finished = todo.adopt + _extract(settings, goal, todo, summary, observer)
@@ -351,17 +361,16 @@ def runs(store: Store, url: str) -> list[dict[str, Any]]:
     return found
 
 
-def _save(settings: config.Config, goal: Goal, summary: Summary) -> None:
-    """Leave what ran and what came of it beside the data."""
+def _save(goal: Goal, summary: Summary) -> None:
+    """Leave what came of the run beside the data; its config lies there already."""
     content: Mapping[str, Any] = {
         **summary.as_json(),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "recipe": dict(goal.recipe.fields),
         "versions": _versions(),
     }
-    folder = join(goal.url, RUNS_FOLDER, summary.run_id)
-    goal.store.write(join(folder, "config.yaml"), config.dump(settings).encode())
-    goal.store.write(join(folder, "run.json"), json.dumps(content, indent=1, ensure_ascii=False).encode())
+    run_url = join(goal.url, RUNS_FOLDER, summary.run_id, "run.json")
+    goal.store.write(run_url, json.dumps(content, indent=1, ensure_ascii=False).encode())
 
 
 def _versions() -> dict[str, str]:

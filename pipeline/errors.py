@@ -62,7 +62,9 @@ class StorageError(WorldError):
 
 
 class StorageRefused(StorageError):
-    """The store answered, and the answer is no: missing, forbidden, not possible."""
+    """The store answered, and the answer is no: missing, forbidden, not possible. For the user to mend."""
+
+    exit_code = 2
 
 
 class ShardError(WorldError):

@@ -19,11 +19,12 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
 @cache
 def _photo(width: int, height: int, seed: int) -> Image.Image:
     random = np.random.default_rng(seed)
-    y_HW, x_HW = np.mgrid[0:height, 0:width].astype(np.float32)
-    phases_C = random.uniform(0, 6, 3).astype(np.float32)
-    pixels_HWC = 120 + 60 * np.sin(x_HW[..., None] / 41 + phases_C) + 50 * np.cos(y_HW[..., None] / 29 - phases_C)
-    pixels_HWC[(x_HW + 2 * y_HW) % 160 < 60] += 30
-    pixels_HWC += random.normal(0, 8, (height, width, 1))
+    y_H11, x_W1 = np.arange(height)[:, None, None], np.arange(width)[:, None]
+    phases_C = random.uniform(0, 6, 3)
+    across_W3, down_H13 = 60 * np.sin(x_W1 / 41 + phases_C), 50 * np.cos(y_H11 / 29 - phases_C)
+    pixels_HWC = (120 + across_W3 + down_H13).astype(np.float32)
+    pixels_HWC += 30 * ((x_W1 + 2 * y_H11) % 160 < 60)
+    pixels_HWC += 8 * random.standard_normal((height, width, 1), np.float32)
     return Image.fromarray(np.clip(pixels_HWC, 0, 255).astype(np.uint8))
 
 

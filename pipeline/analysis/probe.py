@@ -8,7 +8,7 @@ The objective is scikit-learn's: mean softmax cross-entropy + ||weight||^2 / (2 
 L-BFGS over a batch of heads, one for each C, each with its own history and step: one matrix product with the features serves
 all heads in flight. Two things make it quick and leave the optimum alone: the features are turned to their principal axes,
 where the Hessian is diagonal at zero weights and near it later; and the values of C are solved in waves, smallest first, each
-wave starting from the last head of the one before. Memory: one float32 copy of the rows fitted on, besides the features.
+head starting where the heads before it point to. Memory: one float32 copy of the rows fitted on, besides the features.
 
 Legend: N rows, D features, P = D + 1 (the last column is 1, for the bias), K classes, A heads in flight, H distinct hashes.
 """
@@ -353,23 +353,29 @@ def _path(
 ) -> Iterator[tuple[NDArray[np.float64], torch.Tensor, bool]]:
     """Solve for ascending values of C, `wave` at a time; yields the values, their heads (A, K, P) and whether all converged.
 
-    A wave starts from the last head of the wave before: with a large C the optimum is far from zero but near its neighbour.
+    The optimum moves smoothly with log C, so a head starts on the line through the last heads found. That takes a third of
+    the evaluations of starting from the last head, and leads to better points where C is large and the optimum far from zero.
     """
     import torch
 
     targets = torch.from_numpy(targets_N)
-    start_KP = torch.zeros(num_classes, len(spectrum_P), dtype=torch.float32)
+    past: list[tuple[float, torch.Tensor]] = []  # log C and head (K, P), of three at most
     for begin in range(0, len(values), wave):
         some = values[begin : begin + wave]
         ridge_AP = torch.from_numpy(1 / (some * len(columns_NP))).float()[:, None].repeat(1, len(spectrum_P))
         ridge_AP[:, -1] = 0
-        heads_AKP, converged = _minimise(columns_NP, targets, spectrum_P, ridge_AP, start_KP)
-        start_KP = heads_AKP[-1]
+        start_AKP = torch.zeros(len(some), num_classes, len(spectrum_P), dtype=torch.float32)
+        if past:
+            (first, first_KP), (last, last_KP) = past[0], past[-1]
+            ahead_A = torch.from_numpy((np.log(some) - last) / ((last - first) or math.inf)).float()
+            start_AKP = last_KP + ahead_A[:, None, None] * (last_KP - first_KP)
+        heads_AKP, converged = _minimise(columns_NP, targets, spectrum_P, ridge_AP, start_AKP)
+        past = [*past, *zip(np.log(some).tolist(), heads_AKP, strict=True)][-3:]
         yield some, heads_AKP, converged
 
 
 def _minimise(
-    columns_NP: torch.Tensor, targets_N: torch.Tensor, spectrum_P: torch.Tensor, ridge_AP: torch.Tensor, start_KP: torch.Tensor
+    columns_NP: torch.Tensor, targets_N: torch.Tensor, spectrum_P: torch.Tensor, ridge_AP: torch.Tensor, start_AKP: torch.Tensor
 ) -> tuple[torch.Tensor, bool]:
     """L-BFGS over a batch of heads that share nothing but the products with the features.
 
@@ -381,19 +387,20 @@ def _minimise(
         targets_N: int64 class indices.
         spectrum_P: float32, from `_Axes`.
         ridge_AP: float32, 1 / (C N), and 0 for the bias.
-        start_KP: float32, where all heads start.
+        start_AKP: float32, where each head starts.
 
     Returns:
         The heads (A, K, P) float32, and whether all of them converged.
     """
     import torch
 
-    result_AKP = start_KP.repeat(len(ridge_AP), 1, 1)
+    result_AKP = start_AKP.clone()
+    num_classes = start_AKP.shape[1]
     flight_A = torch.arange(len(ridge_AP))  # which head of the result each one still in flight is
-    heads_AKP = result_AKP.clone()
+    heads_AKP = start_AKP
     loss_A, value_A, slope_AKP = _evaluate(columns_NP, targets_N, heads_AKP, ridge_AP)
     history: deque[_Pair] = deque(maxlen=HISTORY)
-    direction_AKP = _direction(slope_AKP, history, _inverse_curvature(loss_A, spectrum_P, ridge_AP, len(start_KP)))
+    direction_AKP = _direction(slope_AKP, history, _inverse_curvature(loss_A, spectrum_P, ridge_AP, num_classes))
     descent_A = _dot(slope_AKP, direction_AKP)
     step_A = torch.ones_like(value_A)
     num_evaluations = 1
@@ -425,7 +432,7 @@ def _minimise(
         slope_AKP = torch.where(mask, trial_slope_AKP, slope_AKP)
         value_A = torch.where(accepted_A, trial_value_A, value_A)
         history.append([moved_AKP, change_AKP, _dot(moved_AKP, change_AKP)])
-        inverse_AKP = _inverse_curvature(loss_A, spectrum_P, ridge_AP, len(start_KP))
+        inverse_AKP = _inverse_curvature(loss_A, spectrum_P, ridge_AP, num_classes)
         direction_AKP = torch.where(mask, _direction(slope_AKP, history, inverse_AKP), direction_AKP)
         descent_A = _dot(slope_AKP, direction_AKP)
 

@@ -23,7 +23,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction, create_table_with_add_actions
 
 from pipeline.dataset.partition import DATA_FOLDER, Partition, identity_of
-from pipeline.errors import CommitConflict, ConfigError, DatasetError, StorageError
+from pipeline.errors import CommitConflict, ConfigError, DatasetError, StorageError, StorageRefused
 from pipeline.recipe import FORMAT_VERSION, Layout, Recipe, canonical
 from pipeline.storage import FileStat, Store, join
 
@@ -85,7 +85,7 @@ class Table:
         except (DeltaError, OSError) as error:
             if version is not None and "version" in str(error).lower():
                 raise DatasetError(f"{url}: there is no version {version}") from None
-            raise StorageError(f"{url}: {store.redact(str(error))}") from None
+            raise _storage_error(store, url, error) from None
         table = cls(store, url, delta)
         found = table.layout_fields.get("format_version") if table.is_ours else None
         if found is None:
@@ -307,6 +307,16 @@ def _landed(store: Store, url: str, run_id: str, planned: int, error: Exception)
                 return version
         return newest.version
     raise CommitConflict(f"{url}: {store.redact(str(error))}") from None
+
+
+_REFUSED = re.compile(r"privileges|SignatureDoesNotMatch|InvalidAccessKeyId|AccessDenied|NoSuchBucket|40[134] ", re.IGNORECASE)
+"""deltalake tells a refusal from a failure only in its text."""
+
+
+def _storage_error(store: Store, url: str, error: Exception) -> StorageError:
+    text = " ".join(store.redact(str(error)).split())
+    answer = re.search(r"<Message>([^<]+)", text)  # the one sentence in a page of causes that is meant for people
+    return (StorageRefused if _REFUSED.search(text) else StorageError)(f"{url}: {answer[1] if answer else text[:500]}")
 
 
 def _add(partition: Partition) -> AddAction:

@@ -33,6 +33,7 @@ from pipeline.dataset import partition
 from pipeline.dataset.partition import Partition, PartitionWriter, Quarantined
 from pipeline.errors import GuardError, SampleError
 from pipeline.extract.backbone import Backbone
+from pipeline.extract.batches import Batch, Batches, ByteBudget
 from pipeline.extract.carry import NOTHING_KNOWN, CarriedRows, KnownRows, Place, Task, known_rows
 from pipeline.extract.decode import Decoder
 from pipeline.metrics import Stages
@@ -79,10 +80,10 @@ class Loop:
 
         self._shards: queue.SimpleQueue[_Open | None] = queue.SimpleQueue()
         self._samples: queue.SimpleQueue[tuple[_Open, list[Sample]] | None] = queue.SimpleQueue()
-        self._budget = _ByteBudget(MAX_QUEUED_BYTES)
+        self._budget = ByteBudget(MAX_QUEUED_BYTES)
         self._results: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # A batch a worker that is being filled or computed, one that is being filled beside them, one on its way back.
-        self._batches = _Batches(backbone, settings.batch_size, settings.num_workers + 2)
+        self._batches = Batches(backbone, settings.batch_size, settings.num_workers + 2)
         self._writing: list[queue.Queue[Callable[[], None] | None]] = [queue.Queue(maxsize=4) for _ in range(NUM_WRITERS)]
 
         self._carried_rows = [CarriedRows(output, settings.dataset_url, list(backbone.recipe.widths)) for _ in self._writing]
@@ -219,7 +220,7 @@ class Loop:
                 self._results.put(lambda row=row: self._carried(row))  # type: ignore[misc]
         return unknown
 
-    def _decode(self, decoder: Decoder, opened: _Open, rows: list[_Row], slots: list[tuple[_Batch, int]]) -> None:
+    def _decode(self, decoder: Decoder, opened: _Open, rows: list[_Row], slots: list[tuple[Batch, int]]) -> None:
         """Give every row its picture in a batch, or an error."""
         for row, (batch, slot) in zip(rows, slots, strict=True):
             try:
@@ -233,7 +234,7 @@ class Loop:
         sample.image = b""
         self._results.put(lambda: self._quarantine(opened, sample, error))
 
-    def _launch(self, batch: _Batch) -> None:
+    def _launch(self, batch: Batch) -> None:
         with self.stages.time("forward"):
             wait = self._backbone.launch(batch.images_BHWC)
         self._results.put(lambda: self._embedded(batch, wait))
@@ -258,7 +259,7 @@ class Loop:
 
     # What comes back, run by the router
 
-    def _embedded(self, batch: _Batch, wait: Callable[[], dict[str, NDArray[np.float32]]]) -> None:
+    def _embedded(self, batch: Batch, wait: Callable[[], dict[str, NDArray[np.float32]]]) -> None:
         with self.stages.time("device"):
             outputs = wait()
         finite_B = np.logical_and.reduce([np.isfinite(values_BD).all(axis=1) for values_BD in outputs.values()])
@@ -447,91 +448,6 @@ class _Open:
 
 class _Abandoned(Exception):
     """Makes `Store.publish` discard what it has."""
-
-
-class _Batch:
-    """Slots for pictures, filled by several workers."""
-
-    def __init__(self, backbone: Backbone, batch_size: int) -> None:
-        self.images_BHWC = backbone.new_batch(batch_size)
-        self.rows: list[_Row | None] = [None] * batch_size
-        self.num_placed = 0
-        self._num_settled = 0
-        self._num_expected = batch_size
-        self._lock = threading.Lock()
-
-    def settle(self, count: int) -> bool:
-        """Count slots whose sample was decoded or refused; True for the call that completes the batch."""
-        with self._lock:
-            self._num_settled += count
-            return count > 0 and self._num_settled == self._num_expected
-
-    def seal(self) -> bool:
-        """Expect no more than what was placed; False while a worker still has a slot of it in hand."""
-        with self._lock:
-            if self._num_settled < self.num_placed:
-                return False
-            self._num_expected = self.num_placed
-            return True
-
-    def reset(self) -> None:
-        self.rows = [None] * len(self.rows)
-        self.num_placed, self._num_settled, self._num_expected = 0, 0, len(self.rows)
-
-
-class _Batches:
-    """A fixed number of batches, one of them open."""
-
-    def __init__(self, backbone: Backbone, batch_size: int, count: int) -> None:
-        self._batch_size = batch_size
-        self._free: queue.SimpleQueue[_Batch] = queue.SimpleQueue()
-        for _ in range(count):
-            self._free.put(_Batch(backbone, batch_size))
-        self._open: _Batch | None = None
-        self._lock = threading.Lock()
-
-    def place(self, count: int) -> list[tuple[_Batch, int]]:
-        """The next `count` slots; waits for a batch to come back where there is none."""
-        slots = []
-        with self._lock:
-            for _ in range(count):
-                if self._open is None:
-                    self._open = self._free.get()
-                batch = self._open
-                slots.append((batch, batch.num_placed))
-                batch.num_placed += 1
-                if batch.num_placed == self._batch_size:
-                    self._open = None
-        return slots
-
-    def seal(self) -> _Batch | None:
-        """Take the open batch away, if there is one and nobody is filling it."""
-        with self._lock:
-            if self._open is None or not self._open.seal():
-                return None
-            batch, self._open = self._open, None
-            return batch
-
-    def free(self, batch: _Batch) -> None:
-        batch.reset()
-        self._free.put(batch)
-
-
-class _ByteBudget:
-    """Lets fetchers run ahead of workers by so many bytes, or by one chunk where that is larger."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._used, self._changed = limit, 0, threading.Condition()
-
-    def acquire(self, num_bytes: int) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._used == 0 or self._used + num_bytes <= self._limit)
-            self._used += num_bytes
-
-    def release(self, num_bytes: int) -> None:
-        with self._changed:
-            self._used -= num_bytes
-            self._changed.notify_all()
 
 
 def _columns(

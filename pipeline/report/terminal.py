@@ -133,6 +133,31 @@ def show_run(summary: dict[str, Any]) -> None:
     show_pairs(rows)
 
 
+def show_diff(report: dict[str, Any]) -> None:
+    """What changed between two versions."""
+    rows, partitions, nodes = report["rows"], report["partitions"], report["nodes"]
+    counts = [f"{rows[name]:,} {name}" for name in ("added", "removed", "changed", "relabelled", "unchanged")]
+    if rows["moved"]:
+        counts[0] += f" ({rows['moved']:,} of them moved)"
+    pairs = [
+        ("dataset", f"{report['output']}  version {report['before']} to {report['after']}"),
+        ("rows", f"{rows['before']:,} to {rows['after']:,}: {', '.join(counts)}"),
+        ("partitions", ", ".join(f"{count:,} {name}" for name, count in partitions.items())),
+    ]
+    for what in ("recipe", "layout"):
+        pairs += [(what if not number else "", each) for number, each in enumerate(report[what] or ["the same"])]
+    pairs += [("columns", f"{', '.join(names)} {what}") for what, names in nodes.items() if names]
+    for column, drift in report["drift"].items():
+        if drift["mean_shift"] is not None:
+            share = f" ({drift['relative_mean_shift']:.2%} of the norm)" if drift["relative_mean_shift"] is not None else ""
+            norms = f"{drift['mean_norm_before']:.4g} to {drift['mean_norm_after']:.4g}"
+            pairs.append((column, f"norm {norms}, mean moved by {drift['mean_shift']:.4g}{share}"))
+        if drift["num_compared"]:
+            cosines = ", ".join(f"{name} {drift[f'cosine_{name}']:.4f}" for name in ("mean", "median", "min"))
+            pairs.append(("", f"cosine of {drift['num_compared']:,} rows before and after: {cosines}"))
+    show_pairs(pairs)
+
+
 def show_pairs(rows: list[tuple[str, str]]) -> None:
     """Names and values, aligned; values are data and never markup, and their lines are never broken."""
     console = Console(highlight=False)

@@ -130,7 +130,8 @@ def test_objective_is_as_low_as_that_of_scikit_learn(digits, standardize, num_cl
     features, labels = digits[0][rows], digits[1][rows]
     axes = probe._axes(features, np.arange(len(rows)), standardize)
     standard = (features - axes.mean) / axes.scale
-    path = probe._path(axes.apply(features, np.arange(len(rows))), labels, axes.spectrum, num_classes, probe.VALUES_OF_C, probe.WAVE)
+    columns = axes.apply(features, np.arange(len(rows)))
+    path = probe._path(columns, labels, axes.spectrum, num_classes, probe.VALUES_OF_C, probe.WAVE)
     heads = [axes.fold(head) for _, heads, _ in path for head in heads]
     for index in range(0, 45, 6):
         C = probe.VALUES_OF_C[index]

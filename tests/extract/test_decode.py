@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import struct
-import subprocess
-import sys
 import threading
 import tracemalloc
+import warnings
 import zipfile
 import zlib
 
@@ -21,9 +21,19 @@ from torchvision.transforms import functional as preset
 
 from pipeline.config import Preprocess
 from pipeline.errors import SampleError
+from pipeline.extract import decode as decode_module
 from pipeline.extract.decode import Decoder
 
 SIZES = [(640, 480), (333, 501), (256, 256), (224, 900), (900, 224), (300, 257), (64, 48), (2000, 260), (17, 120)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_lane():
+    """One thread a decoder, as the loop has it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def decode(data, *, fast=False, max_pixels=100_000_000, **settings):
@@ -180,16 +190,11 @@ def test_alpha_of_webp_lands_on_white():
     assert_close(decode(encode(RGBA, "WEBP", lossless=True, exact=True, method=0))[0], expected(on_white(RGBA)))
 
 
-@pytest.mark.parametrize("image_format", ["PNG", "GIF"])
-@pytest.mark.parametrize("transparency", ["index", "bytes"])
+@pytest.mark.parametrize(
+    ("image_format", "transparency"), [("PNG", 3), ("GIF", 3), ("PNG", bytes([0, 128, 255, 255, 0, 64, 255, 200]))], ids=str
+)
 def test_transparent_palette_entries_land_on_white(image_format, transparency):
-    image = RGB.quantize(8)
-    if transparency == "bytes":
-        if image_format == "GIF":
-            pytest.skip("a GIF has one transparent index")
-        data = encode(image, "PNG", transparency=bytes([0, 128, 255, 255, 0, 64, 255, 200]))
-    else:
-        data = encode(image, image_format, transparency=3)
+    data = encode(RGB.quantize(8), image_format, transparency=transparency)
     reference = on_white(Image.open(io.BytesIO(data)))
     assert np.asarray(reference.convert("RGB")).max() == 255
     assert_close(decode(data)[0], expected(reference))
@@ -315,18 +320,16 @@ def test_malformed_exif_is_no_error(image_format, exif):
     assert_close(picture, decode(plain)[0], most=0)
 
 
-def test_odd_metadata_is_no_news(tmp_path):
+def test_odd_metadata_is_no_news():
     exif = b"Exif\0\0II*\0\x08\0\0\0\x09\0" + b"\x0f\x01\x03\0\x01\0\0\0\x06\0\0\0"
-    (tmp_path / "odd.png").write_bytes(encode(photo(30, 20), "PNG", exif=exif))
-    with Image.open(tmp_path / "odd.png") as image, pytest.warns(UserWarning, match="Corrupt EXIF data"):
+    data = encode(photo(30, 20), "PNG", exif=exif)
+    with Image.open(io.BytesIO(data)) as image, pytest.warns(UserWarning, match="Corrupt EXIF data"):
         image.getexif()
-    code = (
-        "import sys, torch; from pipeline.config import Preprocess; from pipeline.extract.decode import Decoder\n"
-        "decoder = Decoder(Preprocess(), fast=False, max_pixels=10**8)\n"
-        "print(decoder(open(sys.argv[1], 'rb').read(), torch.empty(224, 224, 3, dtype=torch.uint8)))"
-    )
-    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path / "odd.png")], capture_output=True, text=True, check=True)
-    assert (ran.stdout.strip(), ran.stderr) == ("(30, 20)", "")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        importlib.reload(decode_module)  # what an import does to a program's filters, which pytest resets for each test
+        assert decode(data)[1] == (30, 20)
+    assert seen == []
 
 
 # Harmless oddities of JPEGs
@@ -359,7 +362,7 @@ def test_zeros_before_the_end_marker_are_harmless():
 # Fast
 
 
-@pytest.mark.parametrize("size", [(2048, 1536), (1536, 2048), (3000, 1000)])
+@pytest.mark.parametrize("size", [(2048, 1536), (1536, 2048), (2400, 1100)])
 def test_fast_stays_close(size):
     data = encode(photo(*size), quality=90)
     exact, _ = decode(data)
@@ -400,7 +403,7 @@ def test_fast_undoes_orientation():
 
 
 def test_fast_is_exact_for_what_is_no_large_jpeg():
-    for data in (encode(photo(500, 400), quality=90), encode(photo(1500, 1200), "PNG")):
+    for data in (encode(photo(500, 400), quality=90), encode(photo(600, 530), "PNG")):
         assert_close(decode(data, fast=True)[0], decode(data)[0], most=0)
 
 
@@ -635,8 +638,8 @@ def test_picture_without_pixels_is_refused(size):
     frame[at + 5 : at + 9] = struct.pack(">HH", size[1], size[0])
     gif = bytearray(encode(photo(9, 9), "GIF"))
     gif[6:10] = struct.pack("<HH", *size)
-    screen = gif.index(b",")
-    gif[screen + 5 : screen + 9] = struct.pack("<HH", *size)
+    frame_header = gif.index(b"," + struct.pack("<HHHH", 0, 0, 9, 9))
+    gif[frame_header + 5 : frame_header + 9] = struct.pack("<HH", *size)
     bmp = bytearray(encode(photo(9, 9), "BMP"))
     bmp[18:26] = struct.pack("<ii", *size)
     tiff = encode(photo(9, 9), "TIFF")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+from commands import ROOT, TESTS, cli, last_line
 from conftest import crops, settings, write_shards
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -23,20 +23,6 @@ from sklearn.datasets import load_digits
 import pipeline
 from pipeline import driver
 from pipeline.errors import BackboneError, BudgetExceeded, DatasetError, GuardError, SourceError
-
-TESTS = Path(__file__).parent.parent
-ROOT = TESTS.parent
-
-
-def cli(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
-    command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)])}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
-
-
-def last_line(finished: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    return dict(json.loads(finished.stdout.strip().splitlines()[-1]))
 
 
 def test_quickstart_embeds_the_digits_and_does_nothing_the_second_time(tmp_path: Path) -> None:

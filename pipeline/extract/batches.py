@@ -1,0 +1,94 @@
+"""What bounds the loop: a fixed number of batches of a fixed size, and a budget of bytes that wait to be decoded."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import Any
+
+from pipeline.extract.backbone import Backbone
+
+
+class Batch:
+    """Slots for pictures, filled by several workers."""
+
+    def __init__(self, backbone: Backbone, batch_size: int) -> None:
+        self.images_BHWC = backbone.new_batch(batch_size)
+        self.rows: list[Any] = [None] * batch_size
+        self.num_placed = 0
+        self._num_settled = 0
+        self._num_expected = batch_size
+        self._lock = threading.Lock()
+
+    def settle(self, count: int) -> bool:
+        """Count slots whose sample was decoded or refused; True for the call that completes the batch."""
+        with self._lock:
+            self._num_settled += count
+            return count > 0 and self._num_settled == self._num_expected
+
+    def seal(self) -> bool:
+        """Expect no more than what was placed; False while a worker still has a slot of it in hand."""
+        with self._lock:
+            if self._num_settled < self.num_placed:
+                return False
+            self._num_expected = self.num_placed
+            return True
+
+    def reset(self) -> None:
+        self.rows = [None] * len(self.rows)
+        self.num_placed, self._num_settled, self._num_expected = 0, 0, len(self.rows)
+
+
+class Batches:
+    """A fixed number of batches, one of them open."""
+
+    def __init__(self, backbone: Backbone, batch_size: int, count: int) -> None:
+        self._batch_size = batch_size
+        self._free: queue.SimpleQueue[Batch] = queue.SimpleQueue()
+        for _ in range(count):
+            self._free.put(Batch(backbone, batch_size))
+        self._open: Batch | None = None
+        self._lock = threading.Lock()
+
+    def place(self, count: int) -> list[tuple[Batch, int]]:
+        """The next `count` slots; waits for a batch to come back where there is none."""
+        slots = []
+        with self._lock:
+            for _ in range(count):
+                if self._open is None:
+                    self._open = self._free.get()
+                batch = self._open
+                slots.append((batch, batch.num_placed))
+                batch.num_placed += 1
+                if batch.num_placed == self._batch_size:
+                    self._open = None
+        return slots
+
+    def seal(self) -> Batch | None:
+        """Take the open batch away, if there is one and nobody is filling it."""
+        with self._lock:
+            if self._open is None or not self._open.seal():
+                return None
+            batch, self._open = self._open, None
+            return batch
+
+    def free(self, batch: Batch) -> None:
+        batch.reset()
+        self._free.put(batch)
+
+
+class ByteBudget:
+    """Lets fetchers run ahead of workers by so many bytes, or by one chunk where that is larger."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._used, self._changed = limit, 0, threading.Condition()
+
+    def acquire(self, num_bytes: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._used == 0 or self._used + num_bytes <= self._limit)
+            self._used += num_bytes
+
+    def release(self, num_bytes: int) -> None:
+        with self._changed:
+            self._used -= num_bytes
+            self._changed.notify_all()
