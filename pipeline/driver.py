@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline import config, metrics, plan
 from pipeline.dataset import partition, table
-from pipeline.dataset.partition import Partition
+from pipeline.dataset.partition import Partition, Target
 from pipeline.dataset.read import Dataset, open_dataset
 from pipeline.dataset.table import Table
 from pipeline.errors import (
@@ -35,7 +35,6 @@ from pipeline.errors import (
     StorageError,
 )
 from pipeline.plan import Plan
-from pipeline.recipe import Layout, Recipe
 from pipeline.source import Source
 from pipeline.storage import Store, join
 
@@ -132,29 +131,32 @@ class Summary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """What the dataset shall be, worked out from the config before anything is planned."""
+    """What the config asks for, worked out before anything is planned."""
 
     source: Source
-    store: Store
-    url: str
-    recipe: Recipe
-    layout: Layout
+    target: Target
 
     @classmethod
     def of(cls, settings: config.Config) -> Goal:
-        """Build the model once on this machine's CPU: its weights' digest and its columns are part of the goal."""
+        """Build the model once on this machine's CPU: its weights' digest and its columns are part of the target."""
         from pipeline.extract.backbone import Backbone, Spec
 
         source = Source(settings.source)
-        layout = source.layout()
-        backbone = Backbone(Spec(backbone=settings.backbone, decode=settings.decode, precision=settings.run.precision))
-        store = Store(settings.output.storage)
-        return cls(source=source, store=store, url=settings.output.url, recipe=backbone.recipe, layout=layout)
+        layout, carried = source.layout(), source.fields()
+        recipe = Backbone(Spec(backbone=settings.backbone, decode=settings.decode, precision=settings.run.precision)).recipe
+        target = Target(
+            store=Store(settings.output.storage),
+            url=settings.output.url,
+            recipe=recipe,
+            layout=layout,
+            schema=partition.schema(recipe, carried),
+        )
+        return cls(source=source, target=target)
 
     def plan(self) -> tuple[Table | None, Plan]:
         """The newest version, and what is to be done on top of it."""
-        current = Table.open(self.store, self.url)
-        return current, plan.make(self.source.shards(), current, self.recipe, self.layout, self.store, self.url)
+        current = Table.open(self.target.store, self.target.url)
+        return current, plan.make(self.source.shards(), current, self.target)
 
 
 def make_plan(settings: config.Config) -> tuple[Table | None, Plan]:
@@ -177,7 +179,7 @@ def run(settings: config.Config, *, allow_removals: bool = False, observer: Obse
     start = time.monotonic()
     settings = _absolute(settings)
     goal = Goal.of(settings)
-    summary = Summary(run_id=_new_run_id(), output=settings.output.url, recipe_id=goal.recipe.recipe_id)
+    summary = Summary(run_id=_new_run_id(), output=settings.output.url, recipe_id=goal.target.recipe.recipe_id)
     try:
         _refresh(settings, goal, summary, allow_removals, observer)
         if settings.probe is not None and summary.version is not None:
@@ -203,8 +205,8 @@ def _refresh(settings: config.Config, goal: Goal, summary: Summary, allow_remova
             raise _too_many_removed(todo.removed_share, settings)
         if attempt == 0:
             # Before hours of work: whether the output can be written at all.
-            config_url = join(goal.url, RUNS_FOLDER, summary.run_id, "config.yaml")
-            goal.store.write(config_url, config.dump(settings).encode())
+            config_url = join(goal.target.url, RUNS_FOLDER, summary.run_id, "config.yaml")
+            goal.target.store.write(config_url, config.dump(settings).encode())
         if observer is not None:
             observer.planned(todo)
         finished = todo.adopt + _extract(settings, goal, todo, summary, observer)
@@ -233,8 +235,8 @@ def _extract(settings: config.Config, goal: Goal, todo: Plan, summary: Summary, 
     from pipeline.extract.carry import known_rows
 
     finished: list[Partition] = []
-    known = known_rows(goal.store, goal.url, todo.carry_over_from(goal.recipe))
-    with actors.cluster(), actors.Pool(settings, goal.recipe, known) as pool:
+    known = known_rows(goal.target, todo.carry_over_from(goal.target.recipe))
+    with actors.cluster(), actors.Pool(settings, goal.target, known) as pool:
         start = time.monotonic()
         # Large shards first: the last ones to finish are then small.
         for result in pool.extract(sorted(todo.extract, key=lambda task: -task.shard.num_bytes)):
@@ -278,15 +280,13 @@ def _merge(
     _check_budget(settings, finished)
     if not allow_removals:
         _check_shrinkage(settings, summary.num_rows, remove, finished)
-    schema = partition.schema(goal.recipe, goal.source.fields())
     with ThreadPoolExecutor(16) as threads:
-        for _ in threads.map(lambda each: partition.check(goal.store, goal.url, each, schema, goal.recipe), finished):
+        for _ in threads.map(lambda each: partition.check(goal.target, each), finished):
             pass
-    arguments = (goal.recipe, goal.layout, schema)
     if current is None:
-        version = table.create(goal.store, goal.url, summary.run_id, finished, *arguments)
+        version = table.create(goal.target, summary.run_id, finished)
     else:
-        version = current.commit(summary.run_id, finished, remove, *arguments)
+        version = current.commit(goal.target, summary.run_id, finished, remove)
     summary.num_rows += sum(each.num_rows for each in finished) - sum(entry.num_rows for entry in remove)
     return version, True
 
@@ -322,16 +322,16 @@ def _too_many_removed(share: float, settings: config.Config) -> RemovalRefused:
 
 def _probe(settings: config.Config, wanted: config.Probe, goal: Goal, summary: Summary) -> dict[str, Any]:
     """Train the probe on the version that stands; a probe that an earlier run trained on it just so is reported again."""
-    for earlier in runs(goal.store, goal.url):
+    for earlier in runs(goal.target.store, goal.target.url):
         if earlier["version"] == summary.version and earlier["probe"] and earlier["probe"]["settings"] == wanted.model_dump():
             return dict(earlier["probe"])
     from pipeline.analysis import probe
 
-    dataset = open_dataset(goal.url, summary.version, settings.output.storage)
+    dataset = open_dataset(goal.target.url, summary.version, settings.output.storage)
     result = fit_probe(dataset, wanted)
     folder = join(RUNS_FOLDER, summary.run_id, "probe")
-    goal.store.write(join(goal.url, folder, "metrics.json"), probe.metrics_json(result))
-    goal.store.write(join(goal.url, folder, "probe.safetensors"), probe.weights_safetensors(result))
+    goal.target.store.write(join(goal.target.url, folder, "metrics.json"), probe.metrics_json(result))
+    goal.target.store.write(join(goal.target.url, folder, "probe.safetensors"), probe.weights_safetensors(result))
     # The large ones, confusion matrix and curve, stay in metrics.json.
     small = {name: value for name, value in result.metrics.items() if name not in {"confusion", "curve"}}
     return {**small, "path": folder, "settings": wanted.model_dump()}
@@ -366,11 +366,11 @@ def _save(goal: Goal, summary: Summary) -> None:
     content: Mapping[str, Any] = {
         **summary.as_json(),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "recipe": dict(goal.recipe.fields),
+        "recipe": dict(goal.target.recipe.fields),
         "versions": _versions(),
     }
-    run_url = join(goal.url, RUNS_FOLDER, summary.run_id, "run.json")
-    goal.store.write(run_url, json.dumps(content, indent=1, ensure_ascii=False).encode())
+    run_url = join(goal.target.url, RUNS_FOLDER, summary.run_id, "run.json")
+    goal.target.store.write(run_url, json.dumps(content, indent=1, ensure_ascii=False).encode())
 
 
 def _versions() -> dict[str, str]:

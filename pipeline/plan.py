@@ -11,16 +11,17 @@ import datetime
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from pipeline.dataset import partition
-from pipeline.dataset.partition import Partition
+from pipeline.dataset.partition import Partition, Target
 from pipeline.dataset.table import Entry, Table
 from pipeline.errors import StorageError
 from pipeline.extract.carry import Task
-from pipeline.recipe import Layout, Recipe, differences
+from pipeline.recipe import Recipe, differences
 from pipeline.source import Shard
-from pipeline.storage import FileStat, Store, join
+from pipeline.storage import FileStat, join
 
 logger = logging.getLogger(__name__)
 
@@ -76,14 +77,13 @@ class Plan:
         return sum(entry.num_rows for entry in self.removed) / before if before else 0.0
 
 
-def make(shards: Iterable[Shard], table: Table | None, recipe: Recipe, layout: Layout, store: Store, dataset_url: str) -> Plan:
+def make(shards: Iterable[Shard], table: Table | None, target: Target) -> Plan:
     """Compare the source's shards with a version of the dataset (None: there is none yet).
 
     Args:
         shards: the source's listing; a shard that is listed twice counts once.
-        store: where the dataset lies, to look for partitions to adopt.
     """
-    plan = Plan()
+    plan, recipe, layout = Plan(), target.recipe, target.layout
     if table is not None:
         plan.reasons += [f"recipe: {each}" for each in differences(table.recipe_fields, recipe.fields)]
         plan.reasons += [f"layout: {each}" for each in differences(table.layout_fields, layout.fields)]
@@ -103,10 +103,10 @@ def make(shards: Iterable[Shard], table: Table | None, recipe: Recipe, layout: L
             plan.num_new += 1
         else:
             plan.replaced.append(entry)
-        wanted[partition.identity(shard.url, *want)] = shard
+        wanted[target.identity(shard.url, shard.fingerprint)] = shard
     plan.removed = list(committed.values())
     if wanted:
-        plan.adopt = list(_adoptable(wanted, store, dataset_url))
+        plan.adopt = list(_adoptable(wanted, target))
     adopted = {each.shard for each in plan.adopt}
     previous = {entry.shard: entry.path for entry in plan.replaced if entry.recipe_id == recipe.recipe_id}
     plan.extract = [
@@ -115,27 +115,27 @@ def make(shards: Iterable[Shard], table: Table | None, recipe: Recipe, layout: L
     return plan
 
 
-def _adoptable(wanted: dict[str, Shard], store: Store, dataset_url: str) -> Iterator[Partition]:
+def _adoptable(wanted: dict[str, Shard], target: Target) -> Iterator[Partition]:
     """Finished partitions of the wanted work, one for each shard: a name that fits, young enough, and a footer that agrees."""
-    found: set[str] = set()
-    for file in _candidates(wanted, store, dataset_url):
-        name = partition.identity_of(file.url)
-        if name is None or name in found:
-            continue
+    oldest = time.time() - ADOPT_WITHIN.total_seconds()
+    listing = target.store.list(join(target.url, partition.DATA_FOLDER), missing_ok=True)
+    files = [file for file in listing if partition.identity_of(file.url) in wanted and file.modified > oldest]
+
+    def read(file: FileStat) -> Partition | None:
         path = f"{partition.DATA_FOLDER}/{file.url.rpartition('/')[2]}"
         try:
-            candidate = partition.partition_of(path, file.num_bytes, partition.read_footer(store, file))
+            return partition.partition_of(path, file.num_bytes, partition.read_footer(target.store, file))
         except (StorageError, KeyError) as error:
             logger.warning("%s is left alone: %s", path, error)
-            continue
-        shard = wanted[name]
-        if candidate.shard == shard.url and candidate.fingerprint == shard.fingerprint and candidate.reconciles:
-            found.add(name)
-            yield candidate
+            return None
 
-
-def _candidates(wanted: dict[str, Shard], store: Store, dataset_url: str) -> list[FileStat]:
-    """Files in the data folder that carry a wanted name and are young enough; one listing."""
-    files = store.list(join(dataset_url, partition.DATA_FOLDER), missing_ok=True)
-    oldest = time.time() - ADOPT_WITHIN.total_seconds()
-    return [file for file in files if partition.identity_of(file.url) in wanted and file.modified > oldest]
+    found: set[str] = set()
+    with ThreadPoolExecutor(16) as threads:
+        for candidate in threads.map(read, files):
+            name = partition.identity_of(candidate.path) if candidate is not None else None
+            if candidate is None or name is None or name in found:
+                continue
+            shard = wanted[name]
+            if candidate.shard == shard.url and candidate.fingerprint == shard.fingerprint and candidate.reconciles:
+                found.add(name)
+                yield candidate

@@ -46,6 +46,22 @@ _NAME = re.compile(r"(?P<identity>[0-9a-f]{16}-[0-9a-f]{16}-[0-9a-f]{16}-[0-9a-f
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What the dataset shall be: where it lies, what its embeddings are made by, what its rows hold. Picklable."""
+
+    store: Store
+    url: str
+    recipe: Recipe
+    layout: Layout
+    schema: pa.Schema
+    """Of every partition; see `schema`."""
+
+    def identity(self, shard_url: str, fingerprint: str) -> str:
+        """First part of the name of a shard's partition: equal for all attempts at the same work."""
+        return f"{digest(shard_url)[:16]}-{fingerprint[:16]}-{self.recipe.recipe_id}-{self.layout.layout_id}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quarantined:
     """A sample that could not be embedded."""
 
@@ -95,11 +111,6 @@ def schema(recipe: Recipe, carried: Sequence[pa.Field]) -> pa.Schema:
     """Columns of a partition: key, label and what is carried along, where the image lies, the embeddings."""
     embeddings = [embedding_field(column, width) for column, width in recipe.widths.items()]
     return pa.schema([_FIXED[0], *carried, *_FIXED[1:], *embeddings])
-
-
-def identity(shard_url: str, fingerprint: str, recipe_id: str, layout_id: str) -> str:
-    """First part of a partition's name: equal for all attempts at the same work."""
-    return f"{digest(shard_url)[:16]}-{fingerprint[:16]}-{recipe_id}-{layout_id}"
 
 
 def new_path(identity: str) -> str:
@@ -176,31 +187,22 @@ def rows_per_group(recipe: Recipe) -> int:
     return max(1, ROW_GROUP_BYTES // (4 * sum(recipe.widths.values())))
 
 
-def footer(partition: Partition, recipe: Recipe, layout: Layout, quarantine: Sequence[Quarantined] | str) -> dict[str, Any]:
-    """What the footer says; `quarantine` is its rows, or the name of the sibling file that holds them."""
+def footer(target: Target, partition: Partition, quarantine: Sequence[Quarantined]) -> dict[str, Any]:
+    """What the footer says. A quarantine too large for it is published as a sibling file, which it then names."""
+    rows: Any = [dataclasses.asdict(row) for row in quarantine]
+    payload = json.dumps(rows, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    if len(payload) > MAX_FOOTER_QUARANTINE_BYTES:
+        rows = partition.path.removesuffix(".parquet") + ".quarantine.json"
+        target.store.write(join(target.url, rows), payload)
     counts = {name: value for name, value in dataclasses.asdict(partition).items() if name not in {"path", "num_bytes"}}
     return {
         "format_version": FORMAT_VERSION,
         **counts,
-        "recipe": dict(recipe.fields),
-        "widths": dict(recipe.widths),
-        "layout": dict(layout.fields),
-        "quarantine": quarantine if isinstance(quarantine, str) else [dataclasses.asdict(row) for row in quarantine],
+        "recipe": dict(target.recipe.fields),
+        "widths": dict(target.recipe.widths),
+        "layout": dict(target.layout.fields),
+        "quarantine": rows,
     }
-
-
-def write_quarantine(
-    store: Store, dataset_url: str, path: str, quarantine: Sequence[Quarantined]
-) -> str | Sequence[Quarantined]:
-    """The rows themselves where they fit into a footer, else the name of the sibling file that now holds them."""
-    payload = json.dumps([dataclasses.asdict(row) for row in quarantine], ensure_ascii=False).encode(
-        "utf-8", "backslashreplace"
-    )
-    if len(payload) <= MAX_FOOTER_QUARANTINE_BYTES:
-        return quarantine
-    sibling = path.removesuffix(".parquet") + ".quarantine.json"
-    store.write(join(dataset_url, sibling), payload)
-    return sibling
 
 
 def read_footer(store: Store, file: FileStat) -> dict[str, Any]:
@@ -230,22 +232,22 @@ def read_footer(store: Store, file: FileStat) -> dict[str, Any]:
     return dict(content)
 
 
-def check(store: Store, dataset_url: str, partition: Partition, arrow_schema: pa.Schema, recipe: Recipe) -> None:
+def check(target: Target, partition: Partition) -> None:
     """Hold a finished partition against its own footer and against what is about to be committed.
 
     Raises:
         GuardError: the file says something else, or its counts do not add up.
         StorageError: it cannot be read.
     """
-    url = join(dataset_url, partition.path)
-    file = store.stat(url)
-    content = read_footer(store, file)
-    wanted = [(field.name, field.type) for field in arrow_schema]
+    url = join(target.url, partition.path)
+    file = target.store.stat(url)
+    content = read_footer(target.store, file)
+    wanted = [(field.name, field.type) for field in target.schema]
     for what, found, expected in (
         ("size", file.num_bytes, partition.num_bytes),
         ("rows", content["stored"], (partition.num_rows, wanted)),
         ("description", partition_of(partition.path, partition.num_bytes, content), partition),
-        ("recipe", content["recipe"], json.loads(canonical(recipe.fields))),
+        ("recipe", content["recipe"], json.loads(canonical(target.recipe.fields))),
         ("counts", partition.reconciles, True),
     ):
         if found != expected:

@@ -22,9 +22,9 @@ from deltalake import DeltaTable, Schema
 from deltalake.exceptions import DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction, create_table_with_add_actions
 
-from pipeline.dataset.partition import DATA_FOLDER, Partition, identity_of
+from pipeline.dataset.partition import DATA_FOLDER, Partition, Target, identity_of
 from pipeline.errors import CommitConflict, ConfigError, DatasetError, StorageError, StorageRefused
-from pipeline.recipe import FORMAT_VERSION, Layout, Recipe, canonical
+from pipeline.recipe import FORMAT_VERSION, Recipe, canonical
 from pipeline.storage import FileStat, Store, join
 
 PARTITION_COLUMNS = ("_shard", "_fingerprint", "_recipe", "_layout", "_quarantined")
@@ -159,9 +159,7 @@ class Table:
         """Whether the commit of that run is part of this version's history."""
         return self._delta.transaction_version(run_id) is not None
 
-    def commit(
-        self, run_id: str, add: Sequence[Partition], remove: Sequence[Entry], recipe: Recipe, layout: Layout, schema: pa.Schema
-    ) -> int:
+    def commit(self, target: Target, run_id: str, add: Sequence[Partition], remove: Sequence[Entry]) -> int:
         """One atomic commit on top of this version; the new version.
 
         A changed schema, recipe or layout replaces the whole content together with the schema.
@@ -169,7 +167,7 @@ class Table:
         Raises:
             CommitConflict: somebody else committed since this version was read; nothing of this was written.
         """
-        replaces = recipe.fields != self.recipe_fields or layout.fields != self.layout_fields
+        replaces = target.recipe.fields != self.recipe_fields or target.layout.fields != self.layout_fields
         now = _now_ms()
         actions: list[AddAction | RemoveAction] = [_add(partition) for partition in add]
         if not replaces:
@@ -181,37 +179,35 @@ class Table:
             self._delta.create_write_transaction(
                 actions,
                 mode="overwrite" if replaces else "append",
-                schema=_delta_schema(schema, recipe, layout) if replaces else self._delta.schema(),
+                schema=_delta_schema(target) if replaces else self._delta.schema(),
                 partition_by=list(PARTITION_COLUMNS),
-                commit_properties=_properties(run_id, recipe, add, removed, self.num_rows),
+                commit_properties=_properties(run_id, target.recipe, add, removed, self.num_rows),
             )
         except (DeltaError, OSError) as error:
             return _landed(self.store, self.url, run_id, self.version, error)
         return self.version + 1  # without retries it can be no other
 
 
-def create(
-    store: Store, url: str, run_id: str, add: Sequence[Partition], recipe: Recipe, layout: Layout, schema: pa.Schema
-) -> int:
+def create(target: Target, run_id: str, add: Sequence[Partition]) -> int:
     """Make the table with its first version, in one commit; that version.
 
     Raises:
         CommitConflict: somebody else made it first.
     """
-    location = store.absolute(url)
+    location = target.store.absolute(target.url)
     try:
         create_table_with_add_actions(
             location,
-            _delta_schema(schema, recipe, layout),
+            _delta_schema(target),
             [_add(partition) for partition in add],
             mode="error",
             partition_by=list(PARTITION_COLUMNS),
             configuration=CONFIGURATION,
-            storage_options=store.delta_options(location),
-            commit_properties=_properties(run_id, recipe, add),
+            storage_options=target.store.delta_options(location),
+            commit_properties=_properties(run_id, target.recipe, add),
         )
     except (DeltaError, OSError) as error:
-        return _landed(store, url, run_id, -1, error)
+        return _landed(target.store, target.url, run_id, -1, error)
     return 0
 
 
@@ -336,13 +332,13 @@ def _values(shard: str, fingerprint: str, recipe_id: str, layout_id: str, num_qu
     return dict(zip(PARTITION_COLUMNS, (shard, fingerprint, recipe_id, layout_id, str(num_quarantined)), strict=True))
 
 
-def _delta_schema(schema: pa.Schema, recipe: Recipe, layout: Layout) -> Schema:
-    content: Mapping[str, Mapping[str, Any]] = {"_recipe": recipe.fields, "_layout": layout.fields}
+def _delta_schema(target: Target) -> Schema:
+    content: Mapping[str, Mapping[str, Any]] = {"_recipe": target.recipe.fields, "_layout": target.layout.fields}
     manifest = [
         pa.field(name, pa.string(), metadata={"content": canonical(content[name])} if name in content else None)
         for name in PARTITION_COLUMNS
     ]
-    return Schema.from_arrow(pa.schema([*schema, *manifest]))
+    return Schema.from_arrow(pa.schema([*target.schema, *manifest]))
 
 
 def _properties(

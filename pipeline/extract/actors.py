@@ -23,10 +23,9 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import config
-from pipeline.dataset.partition import Partition
+from pipeline.dataset.partition import Partition, Target
 from pipeline.errors import GuardError, IncompleteRun, PipelineError, ShardChanged, StorageError, StorageRefused, WorldError
 from pipeline.extract.carry import NOTHING_KNOWN, KnownRows, Task
-from pipeline.recipe import Recipe
 from pipeline.source import Source
 
 logger = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ class Result:
 class Extractor:
     """The loop in an actor. Device, threads and batch size are decided here, where the hardware is."""
 
-    def start(self, settings: config.Config, recipe: Recipe, known: KnownRows, import_paths: list[str]) -> dict[str, Any]:
+    def start(self, settings: config.Config, target: Target, known: KnownRows, import_paths: list[str]) -> dict[str, Any]:
         """Build the model and start the loop; where this actor runs and with what.
 
         Not in the constructor: what that raises reaches the driver only as text.
@@ -67,7 +66,6 @@ class Extractor:
 
         from pipeline.extract.backbone import Backbone, Spec
         from pipeline.extract.loop import Loop, Settings
-        from pipeline.storage import Store
 
         gpus = ray.get_gpu_ids()
         device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
@@ -78,11 +76,10 @@ class Extractor:
         torch.set_num_threads(threads)
         spec = Spec(backbone=settings.backbone, decode=settings.decode, precision=settings.run.precision)
         backbone = Backbone(spec, device)
-        if backbone.recipe.fields != recipe.fields:
+        if backbone.recipe.fields != target.recipe.fields:
             raise GuardError(
                 "backbone: this node builds another model than the driver does; are the same packages installed on all nodes?"
             )
-        source = Source(settings.source)
         info = {
             "pid": os.getpid(),
             "node": ray.get_runtime_context().get_node_id(),
@@ -92,14 +89,8 @@ class Extractor:
             "threads": threads,
             "batch_size": batch_size,
         }
-        self._loop = Loop(
-            source,
-            source.layout(),
-            backbone,
-            Store(settings.output.storage),
-            Settings(dataset_url=settings.output.url, decode=settings.decode, batch_size=batch_size, num_workers=threads),
-            known,
-        )
+        work = Settings(decode=settings.decode, batch_size=batch_size, num_workers=threads)
+        self._loop = Loop(Source(settings.source), backbone, target, work, known)
         return info
 
     def extract(self, task: Task) -> Result:
@@ -154,9 +145,9 @@ class _Worker:
 class Pool:
     """Actors on what the cluster has. Use as a context manager; the actors end with it."""
 
-    def __init__(self, settings: config.Config, recipe: Recipe, known: KnownRows = NOTHING_KNOWN) -> None:
+    def __init__(self, settings: config.Config, target: Target, known: KnownRows = NOTHING_KNOWN) -> None:
         self._settings, self._settings_ref = settings, ray.put(settings)
-        self._recipe, self._known_ref = recipe, ray.put(known)  # hashes only, shared by the actors of a node
+        self._target, self._known_ref = target, ray.put(known)  # hashes only, shared by the actors of a node
         self._workers: list[_Worker] = []
         self._starting: dict[Any, _Worker] = {}
         self._attempts: collections.Counter[str] = collections.Counter()
@@ -293,7 +284,7 @@ class Pool:
         worker = _Worker(actor, place)
         self._workers.append(worker)
         import_paths = [path or os.getcwd() for path in sys.path]
-        self._starting[actor.start.remote(self._settings_ref, self._recipe, self._known_ref, import_paths)] = worker
+        self._starting[actor.start.remote(self._settings_ref, self._target, self._known_ref, import_paths)] = worker
 
 
 def _first_line(error: BaseException) -> str:

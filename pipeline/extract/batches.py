@@ -35,6 +35,7 @@ class Batch:
             return True
 
     def reset(self) -> None:
+        """Empty all slots."""
         self.rows = [None] * len(self.rows)
         self.num_placed, self._num_settled, self._num_expected = 0, 0, len(self.rows)
 
@@ -73,6 +74,7 @@ class Batches:
             return batch
 
     def free(self, batch: Batch) -> None:
+        """Take back a batch whose outputs have been read."""
         batch.reset()
         self._free.put(batch)
 
@@ -84,11 +86,13 @@ class ByteBudget:
         self._limit, self._used, self._changed = limit, 0, threading.Condition()
 
     def acquire(self, num_bytes: int) -> None:
+        """Wait until there is room, and take it."""
         with self._changed:
             self._changed.wait_for(lambda: self._used == 0 or self._used + num_bytes <= self._limit)
             self._used += num_bytes
 
     def release(self, num_bytes: int) -> None:
+        """Give room back."""
         with self._changed:
             self._used -= num_bytes
             self._changed.notify_all()

@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.dataset.partition import list_values
+from pipeline.dataset.partition import Target, list_values
 from pipeline.source import Shard
-from pipeline.storage import Store, join
+from pipeline.storage import join
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class KnownRows:
 NOTHING_KNOWN = KnownRows([], [])
 
 
-def known_rows(store: Store, dataset_url: str, partitions: Mapping[str, int]) -> KnownRows:
+def known_rows(target: Target, partitions: Mapping[str, int]) -> KnownRows:
     """Index partitions by content hash, reading three small columns of each.
 
     Args:
@@ -96,7 +96,7 @@ def known_rows(store: Store, dataset_url: str, partitions: Mapping[str, int]) ->
         total += num_rows
 
     def read(path: str) -> pa.Table:
-        with store.open(store.stat(join(dataset_url, path))) as file:
+        with target.store.open(target.store.stat(join(target.url, path))) as file:
             return pq.read_table(file, columns=["content_hash", "width", "height"])
 
     with ThreadPoolExecutor(16) as threads:
@@ -106,8 +106,8 @@ def known_rows(store: Store, dataset_url: str, partitions: Mapping[str, int]) ->
 class CarriedRows:
     """Reads embeddings of known rows, keeping the row groups used last. One per writing thread."""
 
-    def __init__(self, store: Store, dataset_url: str, columns: Sequence[str]) -> None:
-        self._store, self._dataset_url, self._columns = store, dataset_url, list(columns)
+    def __init__(self, target: Target) -> None:
+        self._store, self._dataset_url, self._columns = target.store, target.url, list(target.recipe.widths)
         self._starts: dict[str, NDArray[np.int64]] = {}
         self._groups: collections.OrderedDict[tuple[str, int], dict[str, NDArray[np.float32]]] = collections.OrderedDict()
 

@@ -16,30 +16,29 @@ encoded images in `MAX_QUEUED_BYTES`, one row group for each open partition, and
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
 from pipeline.dataset import partition
-from pipeline.dataset.partition import Partition, PartitionWriter, Quarantined
+from pipeline.dataset.partition import Partition, PartitionWriter, Quarantined, Target
 from pipeline.errors import GuardError, SampleError
 from pipeline.extract.backbone import Backbone
 from pipeline.extract.batches import Batch, Batches, ByteBudget
 from pipeline.extract.carry import NOTHING_KNOWN, CarriedRows, KnownRows, Place, Task, known_rows
 from pipeline.extract.decode import Decoder
 from pipeline.metrics import Stages
-from pipeline.recipe import Layout
 from pipeline.source import Sample, Shard, Source
-from pipeline.storage import Store, join
+from pipeline.storage import join
 
 CHUNK_SAMPLES = 8
 """Samples handed to a worker at a time: fewer hand-overs, still many chunks in a batch."""
@@ -54,7 +53,6 @@ NUM_WRITERS = 2
 class Settings:
     """What the loop is told besides its parts."""
 
-    dataset_url: str
     decode: str
     batch_size: int
     num_workers: int
@@ -64,18 +62,11 @@ class Loop:
     """Runs until it is closed; shards are submitted from any thread."""
 
     def __init__(
-        self,
-        source: Source,
-        layout: Layout,
-        backbone: Backbone,
-        output: Store,
-        settings: Settings,
-        known: KnownRows = NOTHING_KNOWN,
+        self, source: Source, backbone: Backbone, target: Target, settings: Settings, known: KnownRows = NOTHING_KNOWN
     ) -> None:
         self.stages = Stages()
         self._known = known
-        self._source, self._layout, self._backbone, self._output, self._settings = source, layout, backbone, output, settings
-        self._schema = partition.schema(backbone.recipe, source.fields())
+        self._source, self._backbone, self._target, self._settings = source, backbone, target, settings
         self._rows_per_group = partition.rows_per_group(backbone.recipe)
 
         self._shards: queue.SimpleQueue[_Open | None] = queue.SimpleQueue()
@@ -86,7 +77,7 @@ class Loop:
         self._batches = Batches(backbone, settings.batch_size, settings.num_workers + 2)
         self._writing: list[queue.Queue[Callable[[], None] | None]] = [queue.Queue(maxsize=4) for _ in range(NUM_WRITERS)]
 
-        self._carried_rows = [CarriedRows(output, settings.dataset_url, list(backbone.recipe.widths)) for _ in self._writing]
+        self._carried_rows = [CarriedRows(target) for _ in self._writing]
 
         self._lock = threading.Lock()
         self._open: set[_Open] = set()
@@ -141,7 +132,7 @@ class Loop:
             try:
                 if opened.previous is not None:
                     with self.stages.time("fetch"):
-                        opened.known = known_rows(self._output, self._settings.dataset_url, {opened.previous: 0})
+                        opened.known = known_rows(self._target, {opened.previous: 0})
                 chunk: list[Sample] = []
                 samples = iter(self._source.read(opened.shard))
                 while True:
@@ -329,19 +320,19 @@ class Loop:
 
     def _write_group(self, opened: _Open, group: Sequence[_Row]) -> None:
         if opened.writer is None:
-            opened.start(self._output, self._settings.dataset_url, self._schema, self._backbone, self._layout)
+            opened.start(self._target)
         assert opened.writer is not None, "start() made it"
         for row in group:
             if row.place is not None:
                 row.embeddings = self._carried_rows[opened.writer_number].read(row.place)
-        opened.writer.write(*_columns(opened.shard.url, group, self._schema, self._backbone.recipe.widths))
+        opened.writer.write(*_columns(opened.shard.url, group, self._target))
 
     def _publish(self, opened: _Open) -> None:
         if opened.ordered or opened.writer is None:
             self._write_group(opened, opened.ordered)
         # Before anyone can see the partition: whatever this model did to itself, no row of it gets out.
         self._backbone.check_frozen()
-        self._finish(opened, opened.publish(self._output, self._settings.dataset_url, self._backbone, self._layout))
+        self._finish(opened, opened.publish(self._target))
 
     # Ends
 
@@ -413,30 +404,35 @@ class _Open:
             if row is not None:
                 self.ordered.append(row)
 
-    def start(self, output: Store, dataset_url: str, schema: pa.Schema, backbone: Backbone, layout: Layout) -> None:
-        recipe = backbone.recipe
-        name = partition.identity(self.shard.url, self.shard.fingerprint, recipe.recipe_id, layout.layout_id)
-        self.path = partition.new_path(name)
-        self._file = self._upload.enter_context(output.publish(join(dataset_url, self.path)))
-        self.writer = PartitionWriter(self._file, schema, rounded=recipe.rounded)
+    def start(self, target: Target) -> None:
+        """Open the file that nobody sees yet."""
+        self.path = partition.new_path(target.identity(self.shard.url, self.shard.fingerprint))
+        self._file = self._upload.enter_context(target.store.publish(join(target.url, self.path)))
+        self.writer = PartitionWriter(self._file, target.schema, rounded=target.recipe.rounded)
 
-    def publish(self, output: Store, dataset_url: str, backbone: Backbone, layout: Layout) -> Partition:
+    def publish(self, target: Target) -> Partition:
         """Write the footer and make the file visible."""
         assert self.writer is not None and self.num_read is not None, "all rows were written"
         finished = Partition(
-            path=self.path, num_bytes=0, shard=self.shard.url, fingerprint=self.shard.fingerprint,
-            recipe_id=backbone.recipe.recipe_id, layout_id=layout.layout_id, num_rows=self.writer.num_rows,
-            num_read=self.num_read, num_embedded=self.writer.num_rows - self.num_carried_over,
-            num_carried_over=self.num_carried_over, num_quarantined=len(self.quarantine),
-        )  # fmt: skip
+            path=self.path,
+            num_bytes=0,
+            shard=self.shard.url,
+            fingerprint=self.shard.fingerprint,
+            recipe_id=target.recipe.recipe_id,
+            layout_id=target.layout.layout_id,
+            num_rows=self.writer.num_rows,
+            num_read=self.num_read,
+            num_embedded=self.writer.num_rows - self.num_carried_over,
+            num_carried_over=self.num_carried_over,
+            num_quarantined=len(self.quarantine),
+        )
         if not finished.reconciles:
             raise GuardError(f"{self.shard.url}: {finished.num_read} samples were read, but {finished} accounts for others")
         self.quarantine.sort(key=lambda row: row.index)
-        rows = partition.write_quarantine(output, dataset_url, self.path, self.quarantine)
-        self.writer.close(partition.footer(finished, backbone.recipe, layout, rows))
+        self.writer.close(partition.footer(target, finished, self.quarantine))
         num_bytes = self._file.tell()
         self._upload.close()
-        return Partition(**{name: getattr(finished, name) for name in finished.__slots__} | {"num_bytes": num_bytes})
+        return dataclasses.replace(finished, num_bytes=num_bytes)
 
     def abort(self) -> None:
         """Leave nothing visible behind."""
@@ -451,7 +447,7 @@ class _Abandoned(Exception):
 
 
 def _columns(
-    shard_url: str, group: Sequence[_Row], schema: pa.Schema, widths: Mapping[str, int]
+    shard_url: str, group: Sequence[_Row], target: Target
 ) -> tuple[dict[str, list[Any]], dict[str, NDArray[np.float32]]]:
     """Rows as columns: values by name, and (N, D) float32 by embedding column."""
     samples = [row.sample for row in group]
@@ -466,7 +462,8 @@ def _columns(
         "width": [row.width for row in group],
         "height": [row.height for row in group],
     }
-    for name in schema.names:
+    widths = target.recipe.widths
+    for name in target.schema.names:
         if name not in columns and name not in widths:
             columns[name] = [sample.columns.get(name) for sample in samples]
     embeddings = {}

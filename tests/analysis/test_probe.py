@@ -126,20 +126,20 @@ def test_accuracy_and_final_objective_are_those_of_scikit_learn(digits, result):
 @pytest.mark.parametrize("num_classes", [10, 2])
 @pytest.mark.parametrize("standardize", [True, False])
 def test_objective_is_as_low_as_that_of_scikit_learn(digits, standardize, num_classes):
-    rows = np.flatnonzero(digits[1] < num_classes)
+    rows = np.flatnonzero(digits[1] < num_classes)[:600]
     features, labels = digits[0][rows], digits[1][rows]
     axes = probe._axes(features, np.arange(len(rows)), standardize)
     standard = (features - axes.mean) / axes.scale
     columns = axes.apply(features, np.arange(len(rows)))
     path = probe._path(columns, labels, axes.spectrum, num_classes, probe.VALUES_OF_C, probe.WAVE)
     heads = [axes.fold(head) for _, heads, _ in path for head in heads]
-    for index in range(0, 45, 6):
+    for index in range(0, 45, 11):
         C = probe.VALUES_OF_C[index]
         weight, bias = heads[index][0].astype(np.float64) * axes.scale, heads[index][1] + heads[index][0] @ axes.mean
         # Their two-class model is a sigmoid: a softmax of plus and minus half its weights, whose norm is half as large.
         half = num_classes == 2
         # A tight tolerance where that is quick; elsewhere their own, with which they stop early.
-        theirs = LogisticRegression(C=C * (2 if half else 1), max_iter=20_000, tol=1e-6 if C < 1 else 1e-4)
+        theirs = LogisticRegression(C=C * (2 if half else 1), max_iter=20_000, tol=1e-5 if C < 1 else 1e-4)
         theirs.fit(standard.astype(np.float64), labels)
         coefficients, intercept = theirs.coef_, theirs.intercept_
         if half:

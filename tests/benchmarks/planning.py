@@ -47,10 +47,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 if TYPE_CHECKING:
-    from pipeline.dataset.partition import Partition
-    from pipeline.recipe import Layout, Recipe
+    from pipeline.dataset.partition import Partition, Target
     from pipeline.source import Shard, Source
-    from pipeline.storage import FileStat
+    from pipeline.storage import FileStat, Store
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -74,7 +73,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         order = json.loads(arguments.child)
-        print(json.dumps(build(**order) if order.pop("build") else measure(**order)))
+        task = {"build": build, "checkpoint": checkpoint, "measure": measure}[order.pop("task")]
+        print(json.dumps(task(**order)))
         return
     out = sys.stderr if arguments.json else sys.stdout
     print(HEADER, file=out, flush=True)
@@ -100,11 +100,11 @@ def compare(listing: str, num_shards: int, repeats: int) -> Iterator[dict[str, A
     """All differences for one listing, one line each."""
     with tempfile.TemporaryDirectory(prefix="planning-") as folder, ListingServer(num_shards) as endpoint_url:
         order = {"listing": listing, "num_shards": num_shards, "folder": folder, "endpoint_url": endpoint_url}
-        built = child(build=True, **order)
+        built = child(task="build", **order)
         for difference in DIFFERENCES:
-            if difference == "checkpoint" and listing != "generated":
-                continue
-            runs = [child(build=False, difference=difference, **order) for _ in range(repeats)]
+            if difference == "checkpoint":
+                child(task="checkpoint", folder=folder)
+            runs = [child(task="measure", difference=difference, **order) for _ in range(repeats)]
             names = runs[0].keys()
             medians = {name: statistics.median(run[name] for run in runs) for name in names}
             plan_s = [run["plan_s"] for run in runs]
@@ -170,39 +170,42 @@ def circumstances(num_shards: int, repeats: int) -> dict[str, Any]:
 def build(listing: str, num_shards: int, folder: str, endpoint_url: str) -> dict[str, Any]:
     """The folder of shards, the table of what is listed there, its data folder, and the partitions to adopt."""
     from pipeline.dataset import partition, table
-    from pipeline.storage import Store
 
     if listing == "local":
         shards_folder = Path(folder, "shards")
         shards_folder.mkdir()
         for number in range(num_shards):
             (shards_folder / f"{number:08d}.tar").write_bytes(b"x")
-    data_folder = Path(folder, "dataset", partition.DATA_FOLDER)
-    data_folder.mkdir(parents=True)
-    recipe, layout = recipe_and_layout("committed")
-    waiting, _ = recipe_and_layout("adopt")
-    schema = partition.schema(recipe, [])
+    dataset = Path(folder, "dataset")
+    (dataset / partition.DATA_FOLDER).mkdir(parents=True)
+    target, waiting = target_of("committed", dataset), target_of("adopt", dataset)
     committed = []
     for number, shard in enumerate(listed(listing, num_shards, folder, endpoint_url)):
-        committed.append(finished(shard, recipe, layout))
-        (data_folder.parent / committed[-1].path).touch()
+        committed.append(finished(shard, target))
+        (dataset / committed[-1].path).touch()
         if number % EVERY == 0:
-            unnamed = finished(shard, waiting, layout, num_rows=0)
-            with open(data_folder.parent / unnamed.path, "wb") as file:
-                writer = partition.PartitionWriter(file, schema, rounded=False)
-                writer.close(partition.footer(unnamed, waiting, layout, []))
-    table.create(Store(), str(data_folder.parent), "run 0", committed, recipe, layout, schema)
+            unnamed = finished(shard, waiting, num_rows=0)
+            with open(dataset / unnamed.path, "wb") as file:
+                writer = partition.PartitionWriter(file, waiting.schema, rounded=False)
+                writer.close(partition.footer(waiting, unnamed, []))
     assert len(committed) == num_shards
-    return {"log_bytes": (data_folder.parent / "_delta_log" / f"{0:020d}.json").stat().st_size}
+    table.create(target, "run 0", committed)
+    return {"log_bytes": (dataset / "_delta_log" / f"{0:020d}.json").stat().st_size}
+
+
+def checkpoint(folder: str) -> dict[str, Any]:
+    """What deltalake does by itself after every hundredth commit."""
+    from deltalake import DeltaTable
+
+    DeltaTable(f"{folder}/dataset").create_checkpoint()
+    return {}
 
 
 def measure(listing: str, num_shards: int, folder: str, endpoint_url: str, difference: str) -> dict[str, Any]:
     """Plan, and commit what the plan asks for; the commit is taken back afterwards."""
     start = time.perf_counter()
-    from deltalake import DeltaTable
-
     from pipeline import plan
-    from pipeline.dataset import partition, table
+    from pipeline.dataset import table
     from pipeline.storage import Store
 
     class Timed(Store):
@@ -219,12 +222,8 @@ def measure(listing: str, num_shards: int, folder: str, endpoint_url: str, diffe
             time.sleep(FOOTER_LATENCY_S)
             return super().read_range(url, start, num_bytes)
 
-    dataset, store = Path(folder, "dataset"), Timed()
-    if difference == "checkpoint":
-        DeltaTable(str(dataset)).create_checkpoint()
-    elif difference == "first":
-        dataset = Path(folder, "nothing yet")
-    recipe, layout = recipe_and_layout(difference if difference in {"recipe", "adopt"} else "committed")
+    dataset, store = Path(folder, "nothing yet" if difference == "first" else "dataset"), Timed()
+    target = target_of(difference if difference in {"recipe", "adopt"} else "committed", dataset, store)
     import_s, import_peak = time.perf_counter() - start, peak_bytes()
 
     start = time.perf_counter()
@@ -234,20 +233,19 @@ def measure(listing: str, num_shards: int, folder: str, endpoint_url: str, diffe
     shards = Clock(listed(listing, num_shards, folder, endpoint_url))
     source = differing(shards, num_shards) if difference == "refresh" else iter(shards)
     start = time.perf_counter()
-    todo = plan.make(source, current, recipe, layout, store, str(dataset))
+    todo = plan.make(source, current, target)
     make_s, plan_peak = time.perf_counter() - start, peak_bytes()
     check(todo, difference, num_shards)
 
-    add = todo.adopt + [finished(task.shard, recipe, layout) for task in todo.extract]
+    add = todo.adopt + [finished(task.shard, target) for task in todo.extract]
     remove = todo.removed + todo.replaced
-    arguments = (recipe, layout, partition.schema(recipe, []))
     start = time.perf_counter()
     if current is None:
-        table.create(store, str(dataset), "run 1", add, *arguments)
+        table.create(target, "run 1", add)
         commit_s = time.perf_counter() - start
         shutil.rmtree(dataset)
     elif add or remove:
-        assert current.commit("run 1", add, remove, *arguments) == 1
+        assert current.commit(target, "run 1", add, remove) == 1
         commit_s = time.perf_counter() - start
         (dataset / "_delta_log" / f"{1:020d}.json").unlink()
     else:
@@ -344,18 +342,17 @@ def etag(name: str) -> str:
     return f"{hashlib.md5(name.encode()).hexdigest()}-60"
 
 
-def finished(shard: Shard, recipe: Recipe, layout: Layout, num_rows: int = 5000) -> Partition:
+def finished(shard: Shard, target: Target, num_rows: int = 5000) -> Partition:
     """The partition that an actor would have made of a shard."""
     from pipeline.dataset import partition
 
-    identity = partition.identity(shard.url, shard.fingerprint, recipe.recipe_id, layout.layout_id)
     return partition.Partition(
-        path=partition.new_path(identity),
+        path=partition.new_path(target.identity(shard.url, shard.fingerprint)),
         num_bytes=10 << 20,
         shard=shard.url,
         fingerprint=shard.fingerprint,
-        recipe_id=recipe.recipe_id,
-        layout_id=layout.layout_id,
+        recipe_id=target.recipe.recipe_id,
+        layout_id=target.layout.layout_id,
         num_rows=num_rows,
         num_read=num_rows,
         num_embedded=num_rows,
@@ -364,13 +361,18 @@ def finished(shard: Shard, recipe: Recipe, layout: Layout, num_rows: int = 5000)
     )
 
 
-def recipe_and_layout(name: str) -> tuple[Recipe, Layout]:
+def target_of(weights: str, dataset: Path, store: Store | None = None) -> Target:
+    """Datasets that differ in their recipe."""
+    from pipeline.dataset import partition
     from pipeline.recipe import FORMAT_VERSION, Layout, Recipe
+    from pipeline.storage import Store
 
     nodes = {"embedding": {"node": "flatten", "pool": "none", "normalize": "l2"}}
-    fields = {"model": "torchvision/resnet50", "weights": name, "nodes": nodes, "decode_version": 1, "precision": "float32"}
+    fields = {"model": "torchvision/resnet50", "weights": weights, "nodes": nodes, "decode_version": 1, "precision": "float32"}
+    recipe = Recipe(fields=fields, widths={"embedding": 2048})
     layout = Layout(fields={"format_version": FORMAT_VERSION, "format": "webdataset", "label": None, "columns": {}})
-    return Recipe(fields=fields, widths={"embedding": 2048}), layout
+    schema = partition.schema(recipe, [])
+    return partition.Target(store=store or Store(), url=str(dataset), recipe=recipe, layout=layout, schema=schema)
 
 
 def peak_bytes() -> int:
@@ -386,6 +388,7 @@ class ListingServer:
     def __init__(self, num_shards: int) -> None:
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # or each page waits 40 ms for an acknowledgement
 
             def do_GET(self) -> None:
                 query = parse_qs(urlsplit(self.path).query)

@@ -69,8 +69,11 @@ def test_a_kill_loses_nothing(server: S3Server, calm: tuple[Dataset, int], tmp_p
         process = start("run", path, "--json")
         try:
             assert reached.wait(120), process.communicate()
+            family = psutil.Process(process.pid).children(recursive=True)
             strike(victim, process.pid, server)
             process.communicate(timeout=120)
+            # Actors outlive their driver by a moment, in which they may still finish a partition.
+            psutil.wait_procs(family, timeout=60)
         finally:
             process.kill()
         proxy.remove_rules()

@@ -394,13 +394,16 @@ def test_one_shard_an_archive_whatever_lies_beside_it(tmp_path):
 
 def test_overlapping_globs_count_a_shard_once(tmp_path):
     from pipeline import plan, recipe
+    from pipeline.dataset import partition
 
     for name in ("a.tar", "b.tar"):
         (tmp_path / name).write_bytes(tar([("a.jpg", jpeg())]))
     settings = config.Source(url=[str(tmp_path / "*.tar"), str(tmp_path / "a*"), str(tmp_path)], format="webdataset")
     made = Source(settings)
     goal = recipe.Recipe(fields={"precision": "float32"}, widths={"embedding": 2})
-    found = plan.make(made.shards(), None, goal, made.layout(), Store(), str(tmp_path / "output"))
+    schema = partition.schema(goal, made.fields())
+    target = partition.Target(store=Store(), url=str(tmp_path / "out"), recipe=goal, layout=made.layout(), schema=schema)
+    found = plan.make(made.shards(), None, target)
     assert found.num_shards == 2
 
 
