@@ -222,6 +222,8 @@ class Run(Section):
     """Actors: one per GPU of the cluster, else one per CPU node."""
     precision: Precision = "float32"
     """Arithmetic of the forward pass, part of the recipe. Half precisions are stored rounded to float16 values."""
+    optimize: bool = True
+    """Let faster equivalents of the model run, checked against it: BatchNorm folded into convolutions."""
     batch_size: Annotated[int, Field(ge=1, le=65_536), _NUMBER] | Literal["auto"] = "auto"
     """Images in one forward pass; every pass has this size, padded."""
     threads: Annotated[int, Field(ge=1, le=1024), _NUMBER] | Literal["auto"] = "auto"

@@ -143,7 +143,8 @@ class Goal:
 
         source = Source(settings.source)
         layout, carried = source.layout(), source.fields()
-        recipe = Backbone(Spec(backbone=settings.backbone, decode=settings.decode, precision=settings.run.precision)).recipe
+        spec = Spec(backbone=settings.backbone, decode=settings.decode, precision=settings.run.precision, optimize=False)
+        recipe = Backbone(spec).recipe
         target = Target(
             store=Store(settings.output.storage),
             url=settings.output.url,

@@ -77,10 +77,11 @@ class Store:
         if protocol not in self._filesystems:
             try:
                 made = fsspec.filesystem(protocol, skip_instance_cache=True, **self._arguments(protocol))
+                if _is_s3(made):
+                    made.session = made.session or _s3_session(made.kwargs)
+                    made.retries = 1  # `_retry` does it, with jitter: the two would multiply to minutes
             except Exception as error:  # every filesystem has its own way to refuse what it was given
                 raise StorageRefused(f"{url}: {self.redact(str(error))}") from None
-            if _is_s3(made):
-                made.retries = 1  # `_retry` does it, with jitter: the two would multiply to minutes
             self._filesystems[protocol] = made
         fs = self._filesystems[protocol]
         return fs, str(fs._strip_protocol(url))
@@ -447,6 +448,22 @@ def _list_s3(fs: AbstractFileSystem, path: str, url: str) -> Iterator[tuple[str,
         if not page.get("IsTruncated"):
             return
         more = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def _s3_session(arguments: dict[str, Any]) -> Any:
+    """What s3fs would make for itself, but quick at times of day: dateutil takes 2/3 of the work of reading a listing."""
+    import aiobotocore.session  # type: ignore[import-untyped]
+    import botocore.utils
+
+    def parse(value: Any) -> Any:
+        if isinstance(value, str) and value.endswith("Z"):
+            with contextlib.suppress(ValueError):
+                return datetime.datetime.fromisoformat(value)
+        return botocore.utils.parse_timestamp(value)
+
+    session = aiobotocore.session.AioSession(**arguments)
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse)
+    return session
 
 
 def _is_s3(fs: AbstractFileSystem) -> bool:

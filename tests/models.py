@@ -27,6 +27,7 @@ class Restless(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.first = nn.BatchNorm2d(3)
         self.conv = nn.Conv2d(3, 16, 7, stride=8)
         self.norm = nn.BatchNorm2d(16)
         self.drop = nn.Dropout(0.5)
@@ -34,7 +35,7 @@ class Restless(nn.Module):
         nn.init.uniform_(self.norm.running_var, 0.5, 2.0)
 
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        features_BCHW = self.drop(self.norm(self.conv(images_BCHW)))
+        features_BCHW = self.drop(self.norm(self.conv(self.first(images_BCHW))))
         return torch.flatten(features_BCHW.mean(dim=(2, 3)), 1)
 
 

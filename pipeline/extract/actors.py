@@ -74,7 +74,9 @@ class Extractor:
         if batch_size == "auto":
             batch_size = GPU_BATCH if device == "cuda" else CPU_BATCH
         torch.set_num_threads(threads)
-        spec = Spec(backbone=settings.backbone, decode=settings.decode, precision=settings.run.precision)
+        spec = Spec(
+            backbone=settings.backbone, decode=settings.decode, precision=settings.run.precision, optimize=settings.run.optimize
+        )
         backbone = Backbone(spec, device)
         if backbone.recipe.fields != target.recipe.fields:
             raise GuardError(
@@ -88,6 +90,7 @@ class Extractor:
             "device": device,
             "threads": threads,
             "batch_size": batch_size,
+            "model": backbone.optimized,
         }
         work = Settings(decode=settings.decode, batch_size=batch_size, num_workers=threads)
         self._loop = Loop(Source(settings.source), backbone, target, work, known)

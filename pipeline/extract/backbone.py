@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import io
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ import torch
 import torchvision
 from numpy.typing import NDArray
 from torch import nn
+from torch.fx import GraphModule
+from torch.fx.experimental.optimization import fuse
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from pipeline import config
@@ -28,6 +31,8 @@ from pipeline.errors import BackboneError, GuardError, PipelineError, nearest
 from pipeline.extract.decode import DECODE_VERSION
 from pipeline.recipe import Recipe
 from pipeline.storage import Store
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
 """Two float32 embeddings of one picture are equal when they differ by at most this share of the largest value."""
@@ -42,6 +47,8 @@ class Spec:
     backbone: config.Backbone
     decode: str
     precision: str
+    optimize: bool = True
+    """Whether faster equivalents of the model may run in its place. Not part of the recipe."""
 
 
 class Backbone:
@@ -63,8 +70,7 @@ class Backbone:
         self.precision = spec.precision
         model, self.preprocess = build(spec.backbone)
         weights_digest = state_digest(model.state_dict())
-        module = freeze(cut(freeze(model), spec.backbone.nodes)).to(self.device)
-        self._module = module.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
+        self._module = self._placed(freeze(cut(freeze(model), spec.backbone.nodes)))
         self._nodes = dict(spec.backbone.nodes)
         self._mean_C = torch.tensor(self.preprocess.mean, device=self.device).mul_(255)
         self._std_C = torch.tensor(self.preprocess.std, device=self.device).mul_(255)
@@ -88,6 +94,8 @@ class Backbone:
             },
             widths=self._check_independence(),
         )
+        self.optimized = self._fold() if spec.optimize else "eager"
+        """What runs: `eager`, or `batchnorm folded`."""
 
     def launch(self, images_BHWC: torch.Tensor) -> Callable[[], dict[str, NDArray[np.float32]]]:
         """Start a forward pass; what is returned waits for it and gives column to (B, D) float32 in host memory.
@@ -162,6 +170,40 @@ class Backbone:
         if self._digest_buffers() != self._buffers_digest:
             raise GuardError("backbone.model: a buffer changed while images were embedded; a frozen model has no memory")
 
+    def _placed(self, module: nn.Module) -> nn.Module:
+        # channels_last is the layout in which convolutions are fastest.
+        return module.to(self.device).to(memory_format=torch.channels_last)
+
+    def _fold(self) -> str:
+        """Fold BatchNorm into the convolutions before it, if the outputs stay equal; what runs then.
+
+        A frozen BatchNorm is a scale and a shift, which the convolution's weights can take: a pass over memory less.
+        """
+        eager, pictures_BHWC = self._module, self._pictures()
+        if not isinstance(eager, _Renamed) or not isinstance(eager.extractor, GraphModule):
+            return "eager"
+        try:
+            # A shell of its own around the same layers: the layers that are folded are replaced in it, not changed.
+            shell = GraphModule(eager.extractor, eager.extractor.graph)
+            folded = fuse(shell, inplace=True, no_trace=True)
+        except Exception as error:  # an experimental part of PyTorch: whatever it stumbles over, eager works
+            logger.warning("BatchNorm could not be folded, the model runs as it is: %s: %s", type(error).__name__, error)
+            return "eager"
+        expected = self.embed(pictures_BHWC)
+        self._module = self._placed(freeze(_Renamed(folded, eager.outputs)))
+        for column, embeddings_BD in self.embed(pictures_BHWC).items():
+            if not _equal(embeddings_BD, expected[column], _TOLERANCE[self.precision]):
+                logger.warning("folding BatchNorm changes %s by more than rounding, the model runs as it is", column)
+                self._module = eager
+                return "eager"
+        self._buffers_digest = self._digest_buffers()
+        return "batchnorm folded"
+
+    def _pictures(self) -> torch.Tensor:
+        """(4, crop, crop, 3) uint8 of noise, the same on every call."""
+        side = self.preprocess.crop
+        return torch.randint(0, 256, (4, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
     def _digest_buffers(self) -> str:
         return state_digest(dict(self._module.named_buffers()))
 
@@ -171,9 +213,7 @@ class Backbone:
         BatchNorm without running statistics mixes the rows of a batch even in eval mode: that is found here, before a row of
         it is written.
         """
-        side = self.preprocess.crop
-        generator = torch.Generator().manual_seed(0)
-        pictures_BHWC = torch.randint(0, 256, (4, side, side, 3), dtype=torch.uint8, generator=generator)
+        pictures_BHWC = self._pictures()
         others_BHWC = torch.cat([pictures_BHWC[:1], torch.zeros_like(pictures_BHWC[1:])])
         among_others, alone = self.embed(pictures_BHWC), self.embed(others_BHWC)
         for column, embeddings_BD in among_others.items():
@@ -184,15 +224,19 @@ class Backbone:
                     f"backbone.nodes.{column}: node {self._nodes[column].node!r} gives {tuple(embeddings_BD.shape)} for a "
                     f"batch of {len(pictures_BHWC)}; choose a node with one row per image"
                 )
-            first_D, second_D = embeddings_BD[0], alone[column][0]
-            limit = _TOLERANCE[self.precision] * max(first_D.abs().max().item(), 1e-12)
-            if (first_D - second_D).abs().max().item() > limit:
+            if not _equal(embeddings_BD[0], alone[column][0], _TOLERANCE[self.precision]):
                 raise GuardError(
                     f"backbone.nodes.{column}: an image's embedding changes with its neighbours in the batch; "
                     "does the model use batch statistics (BatchNorm with track_running_stats=False)?"
                 )
         self.check_frozen()
         return {column: embeddings_BD.shape[1] for column, embeddings_BD in among_others.items()}
+
+
+def _equal(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    """Whether embeddings differ by at most `tolerance` of the largest value."""
+    limit = tolerance * max(expected.abs().max().item(), 1e-12)
+    return (found - expected).abs().max().item() <= limit
 
 
 def build(settings: config.Backbone) -> tuple[nn.Module, Preprocess]:
@@ -239,11 +283,11 @@ class _Renamed(nn.Module):
 
     def __init__(self, extractor: nn.Module, outputs: dict[str, str]) -> None:
         super().__init__()
-        self.extractor, self._outputs = extractor, outputs
+        self.extractor, self.outputs = extractor, outputs
 
     def forward(self, images_BCHW: torch.Tensor) -> dict[str, torch.Tensor]:
         outputs = self.extractor(images_BCHW)
-        return {column: outputs[name] for column, name in self._outputs.items()}
+        return {column: outputs[name] for column, name in self.outputs.items()}
 
 
 class _Hooked(nn.Module):

@@ -40,7 +40,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,8 +73,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         order = json.loads(arguments.child)
-        task = {"build": build, "checkpoint": checkpoint, "measure": measure}[order.pop("task")]
-        print(json.dumps(task(**order)))
+        tasks: dict[str, Callable[..., dict[str, Any]]] = {"build": build, "checkpoint": checkpoint, "measure": measure}
+        print(json.dumps(tasks[order.pop("task")](**order)))
         return
     out = sys.stderr if arguments.json else sys.stdout
     print(HEADER, file=out, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,33 @@ def test_weights_from_files(tmp_path: Path) -> None:
         make("python/models:restless", str(tmp_path / name)).recipe for name in ("w.pth", "wrapped.pth", "w.safetensors")
     ]
     assert {recipe.fields["weights_digest"] for recipe in recipes} == {state_digest(state)}
+
+
+def test_folded_batchnorm_is_the_same_function() -> None:
+    settings = config.Backbone(model="torchvision/resnet18", weights="seed:0", nodes={"embedding": config.Node(node="flatten")})
+    made = [Backbone(Spec(backbone=settings, decode="exact", precision="float32", optimize=each)) for each in (True, False)]
+    assert [each.optimized for each in made] == ["batchnorm folded", "eager"]
+    assert made[0].recipe == made[1].recipe
+    folded, eager = (each.embed(pictures(8))["embedding"] for each in made)
+    assert (folded - eager).abs().max() <= 1e-4 * eager.abs().max()
+    norms = [sum(isinstance(module, nn.BatchNorm2d) for module in each._module.modules()) for each in made]
+    assert norms == [0, 20]
+
+
+def test_a_fold_that_changes_the_function_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wrong(extractor: nn.Module, **_: object) -> nn.Module:
+        changed = copy.deepcopy(extractor)
+        with torch.no_grad():
+            for parameter in changed.parameters():
+                parameter.mul_(1.01)
+        return changed
+
+    monkeypatch.setattr(module, "fuse", wrong)
+    built = make()
+    assert built.optimized == "eager"
+    assert "changes embedding by more than rounding" in caplog.text
 
 
 class _Evil:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -195,15 +196,18 @@ def test_a_lost_answer_to_the_commit_counts_once(bucket: Bucket, proxy: FaultPro
     assert numbers(driver.run(bucket.config())) == (0, 0)
 
 
+@pytest.mark.parametrize("held", ["A", "B"])
+@pytest.mark.parametrize("number", range(int(os.environ.get("PIPELINE_RACE_ROUNDS", "1"))))
 class TestRace:
-    """Two runs at once: A's commit is held until B's has landed, and the other way round."""
+    """Two runs at once: A's commit is held until B's has landed, and the other way round.
 
-    @pytest.mark.parametrize("held", ["A", "B"])
-    def test_first_versions(self, s3: S3Server, held: str) -> None:
+    `PIPELINE_RACE_ROUNDS=10` repeats it.
+    """
+
+    def test_first_versions(self, s3: S3Server, held: str, number: int) -> None:
         self.race(s3, held, prepare=lambda bucket: None)
 
-    @pytest.mark.parametrize("held", ["A", "B"])
-    def test_refreshes(self, s3: S3Server, held: str) -> None:
+    def test_refreshes(self, s3: S3Server, held: str, number: int) -> None:
         def prepare(bucket: Bucket) -> None:
             driver.run(bucket.config())
             images = noise(70)
