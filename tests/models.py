@@ -73,3 +73,21 @@ class _Explodes(nn.Module):
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         mean_BC = images_BCHW.mean(dim=(2, 3))
         return torch.flatten(mean_BC / (2.0 - mean_BC).clamp(min=0.0), 1)
+
+
+class Breaks(nn.Module):
+    """Raises for a white picture, as a driver or a kernel may; torch.fx cannot trace it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        pooled_BC11: torch.Tensor = self.pool(images_BCHW)
+        if pooled_BC11.amin(dim=1).max() > 2:
+            raise RuntimeError("the device fell over")
+        return pooled_BC11
+
+
+def breaks() -> nn.Module:
+    return Breaks()

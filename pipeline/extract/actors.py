@@ -35,6 +35,8 @@ SHARDS_IN_FLIGHT = 3
 one lost actor can cost."""
 MAX_STILLBORN = 3
 """So many actors may die before the first one has started."""
+MAX_LOST_IN_A_ROW = 10
+"""Actors that may die while no shard is finished. More than a bad shard can cost, less than a night."""
 POLL_S = 5.0
 """How often the pool looks for nodes that joined."""
 CPU_BATCH, GPU_BATCH = 32, 256
@@ -158,6 +160,7 @@ class Pool:
         """What `Extractor.start` told of every actor that was ever ready."""
         self.num_lost = 0
         """Actors that died."""
+        self._lost_in_a_row = 0
 
     def __enter__(self) -> Pool:
         return self
@@ -230,7 +233,10 @@ class Pool:
             self._bury(worker, waiting)
             return self._again(task, waiting, WorldError("the actor died while it had this shard in hand"))
         except RayTaskError as error:
-            return self._again(task, waiting, WorldError(str(_cause(error))))
+            # The loop itself broke: this actor would fail every shard that it gets.
+            ray.kill(worker.actor)
+            self._bury(worker, waiting)
+            return self._again(task, waiting, WorldError(f"the actor broke: {_first_line(_cause(error))}"))
         if isinstance(result.error, GuardError):
             raise result.error  # a broken promise: no other shard would fare better
         if isinstance(result.error, ShardChanged):
@@ -238,6 +244,7 @@ class Pool:
             return self._again(dataclasses.replace(task, shard=now) if now else task, waiting, result.error)
         if isinstance(result.error, StorageError) and not isinstance(result.error, StorageRefused):
             return self._again(task, waiting, result.error)
+        self._lost_in_a_row = 0
         return result
 
     def _again(self, task: Task, waiting: collections.deque[Task], why: PipelineError) -> Result | None:
@@ -245,6 +252,8 @@ class Pool:
         self._attempts[url] += 1
         if self._attempts[url] >= self._settings.run.max_attempts:
             return Result(task=task, error=why)
+        if self._lost_in_a_row >= MAX_LOST_IN_A_ROW:
+            raise IncompleteRun(f"{self._lost_in_a_row} actors were lost in a row and no shard was finished; {url}: {why}")
         logger.warning("%s: %s; it will be tried again", url, why)
         waiting.append(task)
         return None
@@ -252,6 +261,7 @@ class Pool:
     def _bury(self, worker: _Worker, waiting: collections.deque[Task]) -> None:
         """Forget a dead actor. Its other shards were not at fault and go back uncounted, to the front."""
         self.num_lost += 1
+        self._lost_in_a_row += 1
         self._workers.remove(worker)
         waiting.extendleft(worker.in_hand.values())
         logger.warning("an actor died; %d shards go to others", len(worker.in_hand) + 1)

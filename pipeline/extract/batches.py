@@ -66,12 +66,16 @@ class Batches:
         return slots
 
     def seal(self) -> Batch | None:
-        """Take the open batch away, if there is one and nobody is filling it."""
-        with self._lock:
+        """Take the open batch away, if there is one and nobody is filling it. Never waits."""
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
             if self._open is None or not self._open.seal():
                 return None
             batch, self._open = self._open, None
             return batch
+        finally:
+            self._lock.release()
 
     def free(self, batch: Batch) -> None:
         """Take back a batch whose outputs have been read."""

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.dataset.partition import Target, list_values
+from pipeline.errors import StorageError
 from pipeline.source import Shard
 from pipeline.storage import join
 
@@ -95,12 +96,17 @@ def known_rows(target: Target, partitions: Mapping[str, int]) -> KnownRows:
         chosen.append(path)
         total += num_rows
 
-    def read(path: str) -> pa.Table:
-        with target.store.open(target.store.stat(join(target.url, path))) as file:
-            return pq.read_table(file, columns=["content_hash", "width", "height"])
+    def read(path: str) -> pa.Table | None:
+        try:
+            with target.store.open(target.store.stat(join(target.url, path))) as file:
+                return pq.read_table(file, columns=["content_hash", "width", "height"])
+        except (StorageError, pa.ArrowException) as error:
+            logger.warning("rows of %s are computed again: %s", path, error)
+            return None
 
     with ThreadPoolExecutor(16) as threads:
-        return KnownRows(chosen, list(threads.map(read, chosen)))
+        found = {path: table for path, table in zip(chosen, threads.map(read, chosen), strict=True) if table is not None}
+    return KnownRows(list(found), list(found.values()))
 
 
 class CarriedRows:

@@ -47,6 +47,8 @@ MAX_QUEUED_BYTES = 128 << 20
 NUM_FETCHERS = 2
 """While one waits for a store's first byte the other reads."""
 NUM_WRITERS = 2
+MAX_WAITING_ROWS = 20_000
+"""Rows of a shard that wait for an earlier one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +75,10 @@ class Loop:
         self._samples: queue.SimpleQueue[tuple[_Open, list[Sample]] | None] = queue.SimpleQueue()
         self._budget = ByteBudget(MAX_QUEUED_BYTES)
         self._results: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        # A batch a worker that is being filled or computed, one that is being filled beside them, one on its way back.
-        self._batches = Batches(backbone, settings.batch_size, settings.num_workers + 2)
+        # A batch a worker that is being filled or computed, one that is being filled beside them, one on its way back; and as
+        # many as one chunk can span, since a worker takes all slots of a chunk at once.
+        num_batches = settings.num_workers + 2 + CHUNK_SAMPLES // settings.batch_size
+        self._batches = Batches(backbone, settings.batch_size, num_batches)
         self._writing: list[queue.Queue[Callable[[], None] | None]] = [queue.Queue(maxsize=4) for _ in range(NUM_WRITERS)]
 
         self._carried_rows = [CarriedRows(target) for _ in self._writing]
@@ -219,6 +223,8 @@ class Loop:
                 batch.rows[slot] = row
             except SampleError as error:
                 self._refuse(opened, row.sample, error)
+            except Exception as error:  # no picture, whatever it is, may end the loop; the failure budget bounds what it hides
+                self._refuse(opened, row.sample, SampleError("decode", type(error).__name__, f"cannot be decoded: {error}"))
             row.sample.image = b""
 
     def _refuse(self, opened: _Open, sample: Sample, error: SampleError) -> None:
@@ -294,6 +300,8 @@ class Loop:
     def _flush(self, opened: _Open) -> None:
         """Hand the rows that are complete and in order to the writer; the rest when the shard is complete."""
         opened.collect()
+        if len(opened.rows) > MAX_WAITING_ROWS and (batch := self._batches.seal()) is not None:
+            self._launch(batch)  # rows that were carried over pile up behind one that waits for its batch to fill
         while len(opened.ordered) >= self._rows_per_group:
             group, opened.ordered = opened.ordered[: self._rows_per_group], opened.ordered[self._rows_per_group :]
             self._in_writer(opened, lambda group=group: self._write_group(opened, group))  # type: ignore[misc]
