@@ -401,24 +401,26 @@ def _minimise(
     history: deque[_Pair] = deque(maxlen=HISTORY)
     direction_AKP = _direction(slope_AKP, history, _inverse_curvature(loss_A, spectrum_P, ridge_AP, num_classes))
     descent_A = _dot(slope_AKP, direction_AKP)
-    step_A = torch.ones_like(value_A)
+    step_A, gain_A = torch.ones_like(value_A), torch.full_like(value_A, math.inf)
     num_evaluations = 1
     while True:
-        done_A = (-descent_A / 2 <= RELATIVE_TOLERANCE * value_A + ABSOLUTE_TOLERANCE) | (step_A < 1e-6)  # the latter: rounding
+        tolerance_A = RELATIVE_TOLERANCE * value_A + ABSOLUTE_TOLERANCE
+        # The last two: what is promised is rounding, met by the gain of the last step, or by no step at all.
+        done_A = (-descent_A / 2 <= tolerance_A) | (gain_A < 0.01 * tolerance_A) | (step_A < 1e-6)
         if done_A.any() or num_evaluations >= MAX_EVALUATIONS:
             result_AKP[flight_A] = heads_AKP
             if done_A.all() or num_evaluations >= MAX_EVALUATIONS:
                 return result_AKP, bool(done_A.all())
             keep = ~done_A
             heads_AKP, slope_AKP, direction_AKP, ridge_AP = (x[keep] for x in (heads_AKP, slope_AKP, direction_AKP, ridge_AP))
-            flight_A, value_A, descent_A, step_A = (x[keep] for x in (flight_A, value_A, descent_A, step_A))
+            flight_A, value_A, descent_A, step_A, gain_A = (x[keep] for x in (flight_A, value_A, descent_A, step_A, gain_A))
             history = deque(([x[keep] for x in pair] for pair in history), maxlen=HISTORY)
 
         trial_AKP = heads_AKP + step_A.float()[:, None, None] * direction_AKP
         loss_A, trial_value_A, trial_slope_AKP = _evaluate(columns_NP, targets_N, trial_AKP, ridge_AP)
         num_evaluations += 1
         # Armijo, with room for the rounding of float32 logits. The objective is convex: curvature along a step is positive.
-        accepted_A = trial_value_A <= value_A + 1e-4 * step_A * descent_A + 1e-7 * value_A
+        accepted_A = trial_value_A <= value_A + 1e-4 * step_A * descent_A + 1e-6 * value_A
         excess_A = (trial_value_A - value_A) / step_A - descent_A
         shorter_A = step_A * (-descent_A / (2 * excess_A)).nan_to_num(0).clamp(0.1, 0.5)  # least point of a parabola
         step_A = torch.where(accepted_A, 1, shorter_A)
@@ -429,6 +431,7 @@ def _minimise(
         change_AKP = torch.where(mask, trial_slope_AKP - slope_AKP, 0)
         heads_AKP = torch.where(mask, trial_AKP, heads_AKP)
         slope_AKP = torch.where(mask, trial_slope_AKP, slope_AKP)
+        gain_A = torch.where(accepted_A, value_A - trial_value_A, gain_A)
         value_A = torch.where(accepted_A, trial_value_A, value_A)
         history.append([moved_AKP, change_AKP, _dot(moved_AKP, change_AKP)])
         inverse_AKP = _inverse_curvature(loss_A, spectrum_P, ridge_AP, num_classes)

@@ -91,8 +91,8 @@ def test_nothing_goes_while_versions_are_kept_or_files_are_young(output: Path) -
 def test_leftovers_go_and_everything_else_stays(output: Path) -> None:
     kept = sorted(names(output, 2))[0].removesuffix(".parquet")
     gone = sorted(names(output, 0) - names(output, 1))[0].removesuffix(".parquet")
-    uncommitted = partition.new_path(partition.identity("shard", "f" * 32, "0" * 16, "1" * 16)).removesuffix(".parquet")
-    young = partition.new_path(partition.identity("shard", "f" * 32, "0" * 16, "1" * 16))
+    uncommitted = partition.new_path("-".join(c * 16 for c in "af01")).removesuffix(".parquet")
+    young = partition.new_path("-".join(c * 16 for c in "af01"))
     killed = f"{'a' * 32}.tmp"
     stays = [f"{kept}.quarantine.json", "data/notes.txt", "data/other.parquet", "_runs/x/run.json", "_delta_log/stray.json"]
     goes = [
