@@ -80,8 +80,11 @@ def plan(path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False)
         from pipeline.storage import Store
 
         table, todo = driver.make_plan(settings)
-        rate = next((r["bytes_per_second"] for r in driver.runs(Store(settings.output.storage), settings.output.url)
-                     if r.get("bytes_per_second")), None)  # fmt: skip
+        # What the last run that read anything tells of this source: bytes of an image, and bytes in a second.
+        runs = driver.runs(Store(settings.output.storage), settings.output.url)
+        last = next((each for each in runs if each.get("bytes_per_second") and each.get("bytes_per_image")), None)
+        images = round(todo.num_bytes / last["bytes_per_image"]) if last else None
+        seconds = round(todo.num_bytes / last["bytes_per_second"], 1) if last else None
         report |= {
             "output": settings.output.url,
             "version": table.version if table is not None else None,
@@ -96,11 +99,16 @@ def plan(path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False)
             },
             "bytes": todo.num_bytes,
             "reasons": todo.reasons,
-            "estimated_seconds": round(todo.num_bytes / rate, 1) if rate else None,
+            "estimated_images": images,
+            "estimated_seconds": seconds,
         }
         if not as_json:
-            estimate = terminal.duration(todo.num_bytes / rate) if rate else "not known before a first run"
-            rows = [("shards", terminal.plan_line(todo).removeprefix("Plan: ")), ("time", f"about {estimate}")]
+            unknown = "not known before a first run"
+            rows = [
+                ("shards", terminal.plan_line(todo).removeprefix("Plan: ")),
+                ("images", f"about {images:,} to read" if images is not None else unknown),
+                ("time", f"about {terminal.duration(seconds)}" if seconds is not None else unknown),
+            ]
             terminal.show_pairs([("dataset", _version_text(settings.output.url, report["version"])), *rows])
 
 

@@ -103,6 +103,7 @@ class Summary:
             "seconds": round(self.seconds, 3),
             "images_per_second": round(embedded / self.extract_seconds, 2) if self.extract_seconds else 0.0,
             "bytes_per_second": round(self.num_bytes / self.extract_seconds) if self.extract_seconds else 0,
+            "bytes_per_image": round(self.num_bytes / max(1, sum(each.num_read for each in self.extracted))),
             "bound_by": metrics.bound_by(self.stages) if self.extracted else None,
             "shards": {
                 "total": len(self.extracted) + len(self.adopted) + self.num_unchanged + len(self.failed),

@@ -14,9 +14,10 @@ anew; `adopt` like `recipe`, and 1 % of the shards have a finished partition (ze
 each read) that no version names; `checkpoint` like `unchanged`, opened from a checkpoint instead of the JSON log.
 
 Columns: `import` and `open` (the log), `list` (time in the source's listing), `data` (time in the listing of the data folder),
-`match` (the rest of `plan.make`), `plan` = open + list + data + match, `commit` (create, append or overwrite), in seconds;
-peak memory of planning and with the commit in MB (10^6 bytes); `B/shard`, how much planning adds to the peak after the imports,
-by N; log bytes per shard. Medians; the range of `plan` lies in the JSON.
+`match` (the rest of `plan.make`, footers included), `plan` = open + list + data + match, `commit` (create, append or
+overwrite), in seconds; peak memory of planning, and with the commit, in MB (10^6 bytes); `B/shard`, how much planning adds to
+the peak after the imports, by N (25 MB of it, and 40 MB more with S3, do not depend on N); log bytes per shard. Medians; the
+range of `plan` lies in the JSON.
 
 The cores may be shared with other work and the page cache is warm: take the seconds as upper bounds and compare ratios. Memory
 is without model and Ray, which planning does not load but the driver does. Linux only (kB of ru_maxrss).
