@@ -31,8 +31,8 @@ ADOPT_WITHIN = datetime.timedelta(days=3)
 
 @dataclass(slots=True, kw_only=True)
 class Plan:
-    """Shards by what happens to them. The driver's memory while planning, with table and listing: up to 5 kB a shard; while
-    everything is committed anew: 12 kB (tests/benchmarks/planning.py)."""
+    """Shards by what happens to them. The driver's memory while planning, with table and listing: up to 5 kB a shard, 8 kB
+    for one to adopt; while everything is committed anew: 12 kB (tests/benchmarks/planning.py)."""
 
     extract: list[Task] = field(default_factory=list)
     adopt: list[Partition] = field(default_factory=list)
