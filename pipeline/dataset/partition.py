@@ -170,10 +170,6 @@ class PartitionWriter:
         self._writer.add_key_value_metadata({_FOOTER_KEY: canonical(footer)})
         self._writer.close()
 
-    def abort(self) -> None:
-        """Release the writer; what was written stays invisible."""
-        self._writer.close()
-
 
 def list_values(column: pa.ChunkedArray) -> NDArray[np.float32]:
     """(N, D) float32 of an embedding column, without a step in Python for a row."""
