@@ -222,10 +222,12 @@ class Run(Section):
     """Actors: one per GPU of the cluster, else one per CPU node."""
     precision: Precision = "float32"
     """Arithmetic of the forward pass, part of the recipe. Half precisions are stored rounded to float16 values."""
-    optimize: bool = True
-    """Let faster equivalents of the model run, checked against it: BatchNorm folded into convolutions."""
+    optimize: Literal["auto", "none", "fold", "compile"] = "auto"
+    """Faster equivalents of the model that may run in its place, each checked against it. `fold`: BatchNorm goes into the
+    convolutions. `compile`: the whole is also compiled, whatever that takes. `auto`: it is compiled where the run is long
+    enough to get the time back, or an earlier run has done it."""
     batch_size: Annotated[int, Field(ge=1, le=65_536), _NUMBER] | Literal["auto"] = "auto"
-    """Images in one forward pass; every pass has this size, padded."""
+    """Images in one forward pass; smaller ones are padded. `auto`: measured on the first batches."""
     threads: Annotated[int, Field(ge=1, le=1024), _NUMBER] | Literal["auto"] = "auto"
     """Worker threads of one actor: its share of the node's cores."""
     num_gpus: Annotated[float, Field(gt=0, le=1), _NUMBER] | Literal["auto"] = "auto"

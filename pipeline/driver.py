@@ -144,7 +144,7 @@ class Goal:
 
         source = Source(settings.source)
         layout, carried = source.layout(), source.fields()
-        spec = Spec(backbone=settings.backbone, decode=settings.decode, precision=settings.run.precision, optimize=False)
+        spec = Spec(backbone=settings.backbone, decode=settings.decode, precision=settings.run.precision, fold=False)
         recipe = Backbone(spec).recipe
         target = Target(
             store=Store(settings.output.storage),

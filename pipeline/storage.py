@@ -17,7 +17,7 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,7 +35,11 @@ T = TypeVar("T")
 
 PIECE_BYTES = 8 << 20
 """Large objects are read in pieces of this size, `READ_AHEAD` of them ahead of need."""
-READ_AHEAD = 2
+READ_AHEAD, MAX_READ_AHEAD = 2, 6
+"""Each time a reader has to wait for a piece it asks for one more ahead."""
+LOCAL_BLOCK_BYTES = 1 << 20
+FILES_AHEAD, FILES_AHEAD_BYTES = 32, 32 << 20
+"""Small objects that are read one after the other are requested so many ahead, up to so many bytes."""
 ONE_PUT_BYTES = 64 << 20
 """Up to this size an object is published by one PUT, above it by a multipart upload."""
 ATTEMPTS = 5
@@ -201,10 +205,64 @@ class Store:
         fs, path = self.locate(file.url)
         if _is_local(fs):
             return self._open_local(file, path)
-        # S3 checks the version with every piece; other stores are asked once.
-        if not _is_s3(fs) and self.stat(file.url).version != file.version:
-            raise ShardChanged(f"{file.url}: was written anew since it was listed")
+        self._check_version(file)
         return cast(BinaryIO, io.BufferedReader(_Pieces(self, file), buffer_size=1 << 16))
+
+    def blocks(self, file: FileStat) -> Iterator[bytes]:
+        """The object that was listed from its first byte to its last, in large blocks that are read ahead of need.
+
+        Raises:
+            ShardChanged: the object is no longer the one that was listed.
+            StorageError: it is gone, or the store refused.
+        """
+        fs, path = self.locate(file.url)
+        if _is_local(fs):
+            with self._open_local(file, path) as handle:
+                while block := handle.read(LOCAL_BLOCK_BYTES):
+                    yield block
+            return
+        self._check_version(file)
+        with _Pieces(self, file) as pieces:
+            for number in range(-(-file.num_bytes // PIECE_BYTES)):
+                yield pieces.piece(number)
+
+    def read_files(self, files: Sequence[FileStat]) -> Iterator[bytes]:
+        """The whole of small objects that were listed, in order, requested ahead of need.
+
+        Raises:
+            ShardChanged: one is no longer what was listed.
+            StorageError: one is gone, or the store refused.
+        """
+        if not files or _is_local(self.locate(files[0].url)[0]):
+            yield from map(self._read_file, files)
+            return
+        requested: collections.deque[tuple[int, Future[bytes]]] = collections.deque()
+        num_ahead = 0
+        try:
+            for file in files:
+                while requested and (len(requested) == FILES_AHEAD or num_ahead + file.num_bytes > FILES_AHEAD_BYTES):
+                    num_ahead -= requested[0][0]
+                    yield requested.popleft()[1].result()
+                requested.append((file.num_bytes, self.readers.submit(self._read_file, file)))
+                num_ahead += file.num_bytes
+            while requested:
+                yield requested.popleft()[1].result()
+        finally:
+            for _, future in requested:
+                future.cancel()
+
+    def _read_file(self, file: FileStat) -> bytes:
+        fs, path = self.locate(file.url)
+        if _is_local(fs):
+            with self._open_local(file, path) as handle:
+                return handle.read()
+        self._check_version(file)
+        return self._read_piece(file, 0, file.num_bytes) if file.num_bytes else b""
+
+    def _check_version(self, file: FileStat) -> None:
+        # S3 checks the version with every piece; other stores are asked once.
+        if not _is_s3(self.locate(file.url)[0]) and self.stat(file.url).version != file.version:
+            raise ShardChanged(f"{file.url}: was written anew since it was listed")
 
     def _read_piece(self, file: FileStat, start: int, num_bytes: int) -> bytes:
         """One ranged read of the version that was listed, and of no other."""
@@ -288,7 +346,7 @@ class Store:
     @cached_property
     def readers(self) -> ThreadPoolExecutor:
         """Threads that read pieces ahead, shared by the files that are open in this process."""
-        return ThreadPoolExecutor(8, thread_name_prefix="read-ahead")
+        return ThreadPoolExecutor(16, thread_name_prefix="read-ahead")
 
 
 def join(url: str, *parts: str) -> str:
@@ -300,7 +358,7 @@ class _Pieces(io.RawIOBase):
     """A remote object as a seekable raw file, fetched in pieces ahead of a sequential reader."""
 
     def __init__(self, store: Store, file: FileStat) -> None:
-        self._store, self._file, self._position = store, file, 0
+        self._store, self._file, self._position, self._ahead = store, file, 0, READ_AHEAD
         self._pieces: collections.OrderedDict[int, Future[bytes]] = collections.OrderedDict()
 
     def readable(self) -> bool:
@@ -321,19 +379,22 @@ class _Pieces(io.RawIOBase):
         if self._position >= self._file.num_bytes:
             return 0
         number, offset = divmod(self._position, PIECE_BYTES)
-        piece = self._piece(number)
-        count = min(len(buffer), len(piece) - offset)
-        buffer[:count] = piece[offset : offset + count]
+        piece = memoryview(self.piece(number))[offset:]
+        count = min(len(buffer), len(piece))
+        buffer[:count] = piece[:count]
         self._position += count
         return count
 
-    def _piece(self, number: int) -> bytes:
+    def piece(self, number: int) -> bytes:
+        """A piece; those after it are requested."""
+        if (waited_for := self._pieces.get(number)) is not None and not waited_for.done():
+            self._ahead = min(self._ahead + 1, MAX_READ_AHEAD)
         last = (self._file.num_bytes - 1) // PIECE_BYTES
-        for wanted in range(number, min(number + READ_AHEAD, last) + 1):
+        for wanted in range(number, min(number + self._ahead, last) + 1):
             if wanted not in self._pieces:
                 self._pieces[wanted] = self._store.readers.submit(self._fetch, wanted)
         self._pieces.move_to_end(number)
-        while len(self._pieces) > READ_AHEAD + 2:
+        while len(self._pieces) > self._ahead + 2:
             self._pieces.popitem(last=False)[1].cancel()
         return self._pieces[number].result()
 

@@ -13,8 +13,9 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,8 @@ MAX_LOST_IN_A_ROW = 10
 """Actors that may die while no shard is finished. More than a bad shard can cost, less than a night."""
 POLL_S = 5.0
 """How often the pool looks for nodes that joined."""
-CPU_BATCH, GPU_BATCH = 32, 256
+BATCH_SIZES = {"cpu": (8, 16, 32), "cuda": (64, 128, 256, 512)}
+"""Sizes to choose from by measurement: on a CPU small ones stay in the cache, on a GPU large ones fill it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,15 +54,26 @@ class Result:
     """Why there is no partition."""
     stages: dict[str, float] = dataclasses.field(default_factory=dict)
     """Seconds by stage that the actor spent since its last result."""
+    chosen: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Program and batch size that the actor has found to be fastest so far."""
 
 
 class Extractor:
     """The loop in an actor. Device, threads and batch size are decided here, where the hardware is."""
 
-    def start(self, settings: config.Config, target: Target, known: KnownRows, import_paths: list[str]) -> dict[str, Any]:
+    def start(
+        self, settings: config.Config, target: Target, known: KnownRows, num_bytes: int, import_paths: list[str]
+    ) -> dict[str, Any]:
         """Build the model and start the loop; where this actor runs and with what.
 
         Not in the constructor: what that raises reaches the driver only as text.
+
+        Args:
+            settings: the config.
+            target: what the dataset shall be.
+            known: rows that need not be computed.
+            num_bytes: of the shards that this actor can expect to get.
+            import_paths: where the driver finds its modules.
         """
         # A model of one's own lies where the driver was started, which is not where Ray starts its workers.
         sys.path.extend(path for path in import_paths if path not in sys.path)
@@ -69,42 +82,88 @@ class Extractor:
         from pipeline.extract.backbone import Backbone, Spec
         from pipeline.extract.loop import Loop, Settings
 
-        gpus = ray.get_gpu_ids()
+        run, gpus = settings.run, ray.get_gpu_ids()
         device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
-        threads = settings.run.threads if settings.run.threads != "auto" else _share_of_node(settings.run, bool(gpus))
-        batch_size = settings.run.batch_size
-        if batch_size == "auto":
-            batch_size = GPU_BATCH if device == "cuda" else CPU_BATCH
-        torch.set_num_threads(threads)
+        threads = run.threads if run.threads != "auto" else _share_of_node(run, bool(gpus))
+        if device == "cpu":
+            torch.set_num_threads(1)  # every worker thread is a lane of its own: a second level of threads would only spin
         spec = Spec(
-            backbone=settings.backbone, decode=settings.decode, precision=settings.run.precision, optimize=settings.run.optimize
+            backbone=settings.backbone, decode=settings.decode, precision=run.precision, fold=run.optimize != "none"
         )
-        backbone = Backbone(spec, device)
-        if backbone.recipe.fields != target.recipe.fields:
+        self._backbone = Backbone(spec, device)
+        if self._backbone.recipe.fields != target.recipe.fields:
             raise GuardError(
                 "backbone: this node builds another model than the driver does; are the same packages installed on all nodes?"
             )
-        info = {
+        sizes = BATCH_SIZES[device] if run.batch_size == "auto" else (run.batch_size,)
+        work = Settings(decode=settings.decode, batch_sizes=sizes, num_workers=threads)
+        self._loop = Loop(Source(settings.source), self._backbone, target, work, known)
+        self._why = ""
+        if run.optimize in ("auto", "compile"):
+            optimizing = threading.Thread(target=self._compile, args=(run.optimize, sizes, threads, num_bytes), daemon=True)
+            optimizing.start()
+        return {
             "pid": os.getpid(),
             "node": ray.get_runtime_context().get_node_id(),
             "gpus": [str(gpu) for gpu in gpus],
             "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
             "device": device,
             "threads": threads,
-            "batch_size": batch_size,
-            "model": backbone.optimized,
+            **self._chosen(),
         }
-        work = Settings(decode=settings.decode, batch_size=batch_size, num_workers=threads)
-        self._loop = Loop(Source(settings.source), backbone, target, work, known)
-        return info
 
     def extract(self, task: Task) -> Result:
         """Extract one shard. Several calls run at once, so that batches are packed across shards."""
+        partition, error = None, None
         try:
             partition = self._loop.submit(task).result()
-        except PipelineError as error:
-            return Result(task=task, error=error, stages=self._loop.stages.take())
-        return Result(task=task, partition=partition, stages=self._loop.stages.take())
+        except PipelineError as failure:
+            error = failure
+        return Result(task=task, partition=partition, error=error, stages=self._loop.stages.take(), chosen=self._chosen())
+
+    def _chosen(self) -> dict[str, Any]:
+        from pipeline.extract.optimize import COMPILED
+
+        best = self._loop.tuner.best
+        program = COMPILED if best.program == COMPILED else self._backbone.program
+        return {"model": program, "batch_size": best.batch_size, "model_because": self._why}
+
+    def _compile(self, mode: str, sizes: Sequence[int], num_lanes: int, num_bytes: int) -> None:
+        """Beside the loop: let it use a compiled program, where there is one or one is worth its making."""
+        from pipeline.extract import optimize
+        from pipeline.extract.tune import Way
+
+        loop, tuner = self._loop, self._loop.tuner
+        while not tuner.wait(POLL_S) or not tuner.seconds_per_image:
+            time.sleep(0.1)  # until batches were computed, there is nothing to go by
+        best = tuner.best.batch_size
+        orders = [
+            optimize.Order(
+                spec=self._backbone.spec, recipe_id=self._backbone.recipe.recipe_id,
+                device=self._backbone.device.type, batch_size=size,
+            )
+            for size in (best, *(size for size in sizes if size != best))
+        ]  # fmt: skip
+        made = [order for order in orders if order.path.exists()]
+        order = made[0] if made else orders[0]
+        if mode == "auto" and not made:
+            remaining = (num_bytes - loop.num_bytes_fetched) / max(1, loop.num_bytes_fetched) * loop.num_fetched
+            seconds = remaining * tuner.seconds_per_image / (num_lanes if self._backbone.device.type == "cpu" else 1)
+            self._why = f"{max(0.0, seconds):.0f} s of forward passes ahead"
+            if not optimize.is_worth_compiling(seconds):
+                self._why += " are too few to compile for"
+                return
+        path = optimize.compiled(order)
+        if path is None or not self._backbone.adopt(order.batch_size, optimize.load(path, num_lanes)):
+            self._why = "it could not be compiled"
+            return
+        way = Way(optimize.COMPILED, order.batch_size)
+        if mode == "compile":
+            tuner.insist(way)
+            self._why = "the config asks for it"
+        else:
+            tuner.add(way)
+            self._why = "measured"
 
 
 def _share_of_node(run: config.Run, has_gpu: bool) -> int:
@@ -155,6 +214,8 @@ class Pool:
         self._target, self._known_ref = target, ray.put(known)  # hashes only, shared by the actors of a node
         self._workers: list[_Worker] = []
         self._starting: dict[Any, _Worker] = {}
+        self._num_bytes = 0
+        """Of the shards that are to be extracted."""
         self._attempts: collections.Counter[str] = collections.Counter()
         self.seen: list[dict[str, Any]] = []
         """What `Extractor.start` told of every actor that was ever ready."""
@@ -180,6 +241,7 @@ class Pool:
         A shard whose actor died, or that a passing fault hit, is tried again, up to `run.max_attempts` times in all.
         """
         waiting = collections.deque(tasks)
+        self._num_bytes = sum(task.shard.num_bytes for task in waiting)
         source = Source(self._settings.source)
         next_look = 0.0
         while waiting or any(worker.in_hand for worker in self._workers):
@@ -245,6 +307,7 @@ class Pool:
         if isinstance(result.error, StorageError) and not isinstance(result.error, StorageRefused):
             return self._again(task, waiting, result.error)
         self._lost_in_a_row = 0
+        worker.info |= result.chosen
         return result
 
     def _again(self, task: Task, waiting: collections.deque[Task], why: PipelineError) -> Result | None:
@@ -281,9 +344,9 @@ class Pool:
             places = [cpu_nodes[i % len(cpu_nodes)] for i in range(number)]
         missing = collections.Counter(places) - collections.Counter(worker.place for worker in self._workers)
         for place in list(missing.elements())[: max(0, num_waiting - len(self._starting))]:
-            self._start(place, share)
+            self._start(place, share, self._num_bytes // max(1, len(places)))
 
-    def _start(self, place: str, num_gpus: float) -> None:
+    def _start(self, place: str, num_gpus: float, num_bytes: int) -> None:
         options: dict[str, Any] = {
             "num_cpus": 1,
             "num_gpus": num_gpus,
@@ -297,7 +360,7 @@ class Pool:
         worker = _Worker(actor, place)
         self._workers.append(worker)
         import_paths = [path or os.getcwd() for path in sys.path]
-        self._starting[actor.start.remote(self._settings_ref, self._target, self._known_ref, import_paths)] = worker
+        self._starting[actor.start.remote(self._settings_ref, self._target, self._known_ref, num_bytes, import_paths)] = worker
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""What bounds the loop: a fixed number of batches of a fixed size, and a budget of bytes that wait to be decoded."""
+"""What bounds the loop: a fixed number of batches, and a budget of bytes that wait to be decoded."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import queue
 import threading
 from typing import Any
 
+import torch
+
 from pipeline.extract.backbone import Backbone
+from pipeline.extract.tune import Tuner, Way
 
 
 class Batch:
-    """Slots for pictures, filled by several workers."""
+    """Slots for pictures, filled by several workers. Its size is that of the way that it will be computed in."""
 
-    def __init__(self, backbone: Backbone, batch_size: int) -> None:
-        self.images_BHWC = backbone.new_batch(batch_size)
-        self.rows: list[Any] = [None] * batch_size
-        self.num_placed = 0
-        self._num_settled = 0
-        self._num_expected = batch_size
+    def __init__(self, backbone: Backbone, way: Way) -> None:
+        self._slots_BHWC = backbone.new_batch(way.batch_size)
         self._lock = threading.Lock()
+        self.reset(way)
+
+    @property
+    def images_BHWC(self) -> torch.Tensor:
+        """As many pictures as a forward pass takes; slots that were not filled hold old ones."""
+        return self._slots_BHWC[: self.way.batch_size]
 
     def settle(self, count: int) -> bool:
         """Count slots whose sample was decoded or refused; True for the call that completes the batch."""
@@ -34,20 +39,22 @@ class Batch:
             self._num_expected = self.num_placed
             return True
 
-    def reset(self) -> None:
+    def reset(self, way: Way) -> None:
         """Empty all slots."""
-        self.rows = [None] * len(self.rows)
-        self.num_placed, self._num_settled, self._num_expected = 0, 0, len(self.rows)
+        self.way = way
+        self.rows: list[Any] = [None] * way.batch_size
+        self.num_placed, self._num_settled, self._num_expected = 0, 0, way.batch_size
 
 
 class Batches:
     """A fixed number of batches, one of them open."""
 
-    def __init__(self, backbone: Backbone, batch_size: int, count: int) -> None:
-        self._batch_size = batch_size
+    def __init__(self, backbone: Backbone, tuner: Tuner, count: int) -> None:
+        self._tuner = tuner
         self._free: queue.SimpleQueue[Batch] = queue.SimpleQueue()
+        largest = max(tuner.ways, key=lambda way: way.batch_size)
         for _ in range(count):
-            self._free.put(Batch(backbone, batch_size))
+            self._free.put(Batch(backbone, largest))
         self._open: Batch | None = None
         self._lock = threading.Lock()
 
@@ -58,10 +65,11 @@ class Batches:
             for _ in range(count):
                 if self._open is None:
                     self._open = self._free.get()
+                    self._open.reset(self._tuner.next())
                 batch = self._open
                 slots.append((batch, batch.num_placed))
                 batch.num_placed += 1
-                if batch.num_placed == self._batch_size:
+                if batch.num_placed == batch.way.batch_size:
                     self._open = None
         return slots
 
@@ -79,7 +87,6 @@ class Batches:
 
     def free(self, batch: Batch) -> None:
         """Take back a batch whose outputs have been read."""
-        batch.reset()
         self._free.put(batch)
 
 

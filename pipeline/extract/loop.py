@@ -18,9 +18,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import logging
+import math
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,13 +34,16 @@ from numpy.typing import NDArray
 from pipeline.dataset import partition
 from pipeline.dataset.partition import Partition, PartitionWriter, Quarantined, Target
 from pipeline.errors import GuardError, SampleError
-from pipeline.extract.backbone import Backbone
+from pipeline.extract.backbone import Backbone, Pass
 from pipeline.extract.batches import Batch, Batches, ByteBudget
 from pipeline.extract.carry import NOTHING_KNOWN, CarriedRows, KnownRows, Place, Task, known_rows
 from pipeline.extract.decode import Decoder
+from pipeline.extract.tune import Tuner, Way
 from pipeline.metrics import Stages
 from pipeline.source import Sample, Shard, Source
 from pipeline.storage import join
+
+logger = logging.getLogger(__name__)
 
 CHUNK_SAMPLES = 8
 """Samples handed to a worker at a time: fewer hand-overs, still many chunks in a batch."""
@@ -56,7 +61,8 @@ class Settings:
     """What the loop is told besides its parts."""
 
     decode: str
-    batch_size: int
+    batch_sizes: Sequence[int]
+    """Those to choose from by measurement."""
     num_workers: int
 
 
@@ -75,10 +81,11 @@ class Loop:
         self._samples: queue.SimpleQueue[tuple[_Open, list[Sample]] | None] = queue.SimpleQueue()
         self._budget = ByteBudget(MAX_QUEUED_BYTES)
         self._results: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        # A batch a worker that is being filled or computed, one that is being filled beside them, one on its way back; and as
-        # many as one chunk can span, since a worker takes all slots of a chunk at once.
-        num_batches = settings.num_workers + 2 + CHUNK_SAMPLES // settings.batch_size
-        self._batches = Batches(backbone, settings.batch_size, num_batches)
+        self.tuner = Tuner([Way(backbone.program, size) for size in settings.batch_sizes])
+        # What is computed (on a CPU one a worker, on a GPU one that is copied and one that runs), one that is being filled, one on
+        # its way back; and as many as one chunk can span, since a worker takes all slots of a chunk at once.
+        num_computed = settings.num_workers if backbone.device.type == "cpu" else 2
+        self._batches = Batches(backbone, self.tuner, num_computed + 2 + CHUNK_SAMPLES // min(settings.batch_sizes))
         self._writing: list[queue.Queue[Callable[[], None] | None]] = [queue.Queue(maxsize=4) for _ in range(NUM_WRITERS)]
 
         self._carried_rows = [CarriedRows(target) for _ in self._writing]
@@ -86,6 +93,9 @@ class Loop:
         self._lock = threading.Lock()
         self._open: set[_Open] = set()
         self._num_opened = 0
+        self.num_fetched = 0
+        """Samples, and below their encoded bytes, so far."""
+        self.num_bytes_fetched = 0
         self._num_unread = 0
         """Shards that were submitted and are not read to their end."""
         self._num_undecided = 0
@@ -137,23 +147,14 @@ class Loop:
                 if opened.previous is not None:
                     with self.stages.time("fetch"):
                         opened.known = known_rows(self._target, {opened.previous: 0})
-                chunk: list[Sample] = []
                 samples = iter(self._source.read(opened.shard))
                 while True:
                     with self.stages.time("fetch"):
-                        sample = next(samples, None)
-                    if sample is None:
+                        chunk = _next_chunk(samples, seen)
+                    if not chunk:
                         break
-                    num_read += 1
-                    key = hash(sample.key)
-                    if key in seen:
-                        sample.error = SampleError("read", "DuplicateKey", "the shard has an earlier sample of this key")
-                    seen.add(key)
-                    chunk.append(sample)
-                    if len(chunk) == CHUNK_SAMPLES or len(sample.image) > MAX_QUEUED_BYTES // 64:
-                        self._hand_over(opened, chunk)
-                        chunk = []
-                self._hand_over(opened, chunk)
+                    num_read += len(chunk)
+                    self._hand_over(opened, chunk)
             except BaseException as error:
                 self._results.put(lambda opened=opened, error=error: self._fail(opened, error))  # type: ignore[misc]
             else:
@@ -163,13 +164,20 @@ class Loop:
             self._launch_rest()
 
     def _hand_over(self, opened: _Open, chunk: list[Sample]) -> None:
+        num_bytes = sum(len(sample.image) for sample in chunk)
         with self._lock:
             self._num_undecided += len(chunk)
-        self._budget.acquire(sum(len(sample.image) for sample in chunk))
+            self.num_fetched += len(chunk)
+            self.num_bytes_fetched += num_bytes
+        self._budget.acquire(num_bytes)
         self._samples.put((opened, chunk))
 
     def _work(self) -> None:
         """Decode samples into slots, and launch the batches that are full."""
+        with torch.inference_mode():
+            self._work_through_samples()
+
+    def _work_through_samples(self) -> None:
         if self._backbone.device.type == "cpu":
             torch.set_num_threads(1)  # this thread is a lane: a second level of threads would only spin
         decoder = Decoder(
@@ -201,12 +209,13 @@ class Loop:
     def _recognise(self, opened: _Open, chunk: list[Sample]) -> list[_Row]:
         """Hash what was read; the rows that have to be computed. Errors and known rows go on from here."""
         unknown = []
+        known = [rows for rows in (opened.known, self._known) if len(rows)]
         for sample in chunk:
             if sample.error is not None:
                 self._refuse(opened, sample, sample.error)
                 continue
             content_hash = hashlib.sha256(sample.image).hexdigest()[:32]
-            place = opened.known.find(content_hash) or self._known.find(content_hash)
+            place = next((found for rows in known if (found := rows.find(content_hash))), None) if known else None
             if place is None:
                 unknown.append(_Row(opened, sample, content_hash))
             else:
@@ -232,9 +241,31 @@ class Loop:
         self._results.put(lambda: self._quarantine(opened, sample, error))
 
     def _launch(self, batch: Batch) -> None:
+        started: Pass | None = None
         with self.stages.time("forward"):
-            wait = self._backbone.launch(batch.images_BHWC)
-        self._results.put(lambda: self._embedded(batch, wait))
+            with contextlib.suppress(torch.OutOfMemoryError):
+                started = self._backbone.launch(batch.images_BHWC, batch.way.program)
+            if started is None:
+                started = self._launch_in_parts(batch)
+        self._results.put(lambda: self._embedded(batch, started))
+
+    def _launch_in_parts(self, batch: Batch) -> Pass:
+        """Compute a batch that does not fit into the device's memory; the next ones will be smaller.
+
+        Raises:
+            torch.OutOfMemoryError: not even a single picture fits.
+        """
+        size = batch.way.batch_size
+        while size > 1:
+            size = self.tuner.refuse(size)
+            logger.warning("%d pictures at once do not fit into memory, going on with %d", batch.way.batch_size, size)
+            with contextlib.suppress(torch.OutOfMemoryError):
+                parts = []
+                for images_BHWC in batch.images_BHWC.split(size):
+                    parts.append(self._backbone.launch(images_BHWC).wait())
+                outputs = {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
+                return Pass(lambda: outputs, lambda: math.inf)
+        raise torch.OutOfMemoryError("a single picture does not fit into the device's memory")
 
     def _launch_rest(self) -> None:
         """Launch the open batch when nothing that is on its way could fill it."""
@@ -256,9 +287,10 @@ class Loop:
 
     # What comes back, run by the router
 
-    def _embedded(self, batch: Batch, wait: Callable[[], dict[str, NDArray[np.float32]]]) -> None:
+    def _embedded(self, batch: Batch, started: Pass) -> None:
         with self.stages.time("device"):
-            outputs = wait()
+            outputs = started.wait()
+        self.tuner.record(batch.way, started.seconds())
         finite_B = np.logical_and.reduce([np.isfinite(values_BD).all(axis=1) for values_BD in outputs.values()])
         touched: dict[_Open, None] = {}
         for slot, row in enumerate(batch.rows):
@@ -269,7 +301,7 @@ class Loop:
                 row.opened.rows[row.sample.index] = row
                 touched[row.opened] = None
             else:
-                error = SampleError("embed", "NotFinite", f"the embedding is not finite in {self._backbone.precision}")
+                error = SampleError("embed", "NotFinite", f"the embedding is not finite in {self._backbone.spec.precision}")
                 self._quarantine(row.opened, row.sample, error)
         self._batches.free(batch)
         for opened in touched:
@@ -448,6 +480,20 @@ class _Open:
         self.ordered.clear()
         with contextlib.suppress(_Abandoned), self._upload:
             raise _Abandoned
+
+
+def _next_chunk(samples: Iterator[Sample], seen: set[int]) -> list[Sample]:
+    """Up to `CHUNK_SAMPLES`, fewer where they are large; none at the end. `seen` holds the hashes of the keys so far."""
+    chunk: list[Sample] = []
+    for sample in samples:
+        key = hash(sample.key)
+        if key in seen:
+            sample.error = SampleError("read", "DuplicateKey", "the shard has an earlier sample of this key")
+        seen.add(key)
+        chunk.append(sample)
+        if len(chunk) == CHUNK_SAMPLES or len(sample.image) > MAX_QUEUED_BYTES // 64:
+            break
+    return chunk
 
 
 class _Abandoned(Exception):

@@ -49,16 +49,14 @@ def shards(source: Source, store: Store) -> Iterator[Shard]:
 
 def read(source: Source, store: Store, shard: Shard) -> Iterator[Sample]:
     """See `Format.read`."""
+    readable = [file for file in shard.files if _problem(file) is None]
+    contents = store.read_files(readable)
     for index, file in enumerate(shard.files):
         key, url = printable(file.url.removeprefix(shard.root)), printable(file.url)
         sample = Sample(key=key, index=index, url=url, offset=0, nbytes=file.num_bytes)
-        if url != file.url:
-            sample.error = SampleError("read", "NotUnicode", "the file's name is not UTF-8, so no URL can name it")
-        elif file.num_bytes > MAX_IMAGE_BYTES:
-            sample.error = SampleError("read", "TooLarge", f"has {file.num_bytes} bytes; at most {MAX_IMAGE_BYTES} are read")
-        else:
-            with store.open(file) as handle:
-                sample.image = handle.read()
+        sample.error = _problem(file)
+        if sample.error is None:
+            sample.image = next(contents)
             if len(sample.image) != file.num_bytes:
                 raise ShardChanged(f"{file.url}: was written anew since it was listed")
         if source.label:
@@ -67,6 +65,15 @@ def read(source: Source, store: Store, shard: Shard) -> Iterator[Sample]:
             except SampleError as error:
                 sample.error = sample.error or error
         yield sample
+
+
+def _problem(file: FileStat) -> SampleError | None:
+    """Why a file is not even read."""
+    if printable(file.url) != file.url:
+        return SampleError("read", "NotUnicode", "the file's name is not UTF-8, so no URL can name it")
+    if file.num_bytes > MAX_IMAGE_BYTES:
+        return SampleError("read", "TooLarge", f"has {file.num_bytes} bytes; at most {MAX_IMAGE_BYTES} are read")
+    return None
 
 
 def _groups(files: list[FileStat], group_size: int) -> Iterator[list[FileStat]]:

@@ -53,7 +53,8 @@ class Sample:
     """Position in the shard."""
     url: str
     """The object that holds the image."""
-    image: bytes = b""
+    image: bytes | memoryview = b""
+    """Often a view of the block that was read, which lives as long as one of its samples does."""
     offset: int | None = None
     """Of the encoded image in the object; None where its bytes are not contiguous."""
     nbytes: int | None = None

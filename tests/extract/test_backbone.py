@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+import torch.fx.experimental.optimization
 from models import Restless
 from torch import nn
 
 from pipeline import config
 from pipeline.errors import BackboneError, GuardError
 from pipeline.extract import backbone as module
-from pipeline.extract.backbone import Backbone, Spec, state_digest
+from pipeline.extract import optimize
+from pipeline.extract.backbone import Backbone, Spec
+from pipeline.extract.model import state_digest
 
 
 def make(model: str = "torchvision/resnet18", weights: str = "seed:0", node: str = "flatten", **more: object) -> Backbone:
@@ -73,10 +77,14 @@ def test_weights_from_files(tmp_path: Path) -> None:
     assert {recipe.fields["weights_digest"] for recipe in recipes} == {state_digest(state)}
 
 
+def spec(model: str = "torchvision/resnet18", *, fold: bool = True) -> Spec:
+    settings = config.Backbone(model=model, weights="seed:0", nodes={"embedding": config.Node(node="flatten")})
+    return Spec(backbone=settings, decode="exact", precision="float32", fold=fold)
+
+
 def test_folded_batchnorm_is_the_same_function() -> None:
-    settings = config.Backbone(model="torchvision/resnet18", weights="seed:0", nodes={"embedding": config.Node(node="flatten")})
-    made = [Backbone(Spec(backbone=settings, decode="exact", precision="float32", optimize=each)) for each in (True, False)]
-    assert [each.optimized for each in made] == ["batchnorm folded", "eager"]
+    made = [Backbone(spec(fold=each)) for each in (True, False)]
+    assert [each.program for each in made] == ["batchnorm folded", "eager"]
     assert made[0].recipe == made[1].recipe
     folded, eager = (each.embed(pictures(8))["embedding"] for each in made)
     assert (folded - eager).abs().max() <= 1e-4 * eager.abs().max()
@@ -84,7 +92,7 @@ def test_folded_batchnorm_is_the_same_function() -> None:
     assert norms == [0, 20]
 
 
-def test_a_fold_that_changes_the_function_is_not_used(
+def test_a_fold_that_changes_the_function_makes_no_row(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def wrong(extractor: nn.Module, **_: object) -> nn.Module:
@@ -94,10 +102,52 @@ def test_a_fold_that_changes_the_function_is_not_used(
                 parameter.mul_(1.01)
         return changed
 
-    monkeypatch.setattr(module, "fuse", wrong)
+    monkeypatch.setattr(torch.fx.experimental.optimization, "fuse", wrong)
     built = make()
-    assert built.optimized == "eager"
+    rows = built.launch(pictures(16)).wait()["embedding"]
+    assert built.program == "eager"
     assert "changes embedding by more than rounding" in caplog.text
+    eager = Backbone(spec(fold=False)).embed(pictures(16))["embedding"]
+    assert abs(rows - eager.numpy()).max() <= 1e-4 * abs(rows).max()
+    built.check_frozen()
+
+
+def test_a_compiled_program_runs_only_if_it_agrees(caplog: pytest.LogCaptureFixture) -> None:
+    built = make()
+    expected = built.launch(pictures(16)).wait()["embedding"]
+    assert not built.adopt(16, lambda images_BHWC: {"embedding": built.embed(images_BHWC)["embedding"] * 1.01})
+    assert "compiling changes embedding" in caplog.text
+    assert built.adopt(16, lambda images_BHWC: {"embedding": built.embed(images_BHWC)["embedding"] * 1.00001})
+    compiled = built.launch(pictures(16), "compiled").wait()["embedding"]
+    assert compiled[0, 0] != expected[0, 0]
+    assert abs(compiled - expected).max() <= 1e-4 * abs(expected).max()
+
+
+def test_compiling_ahead_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built = make("python/models:tiny")
+    expected = built.launch(pictures(8)).wait()["embedding"]
+    order = optimize.Order(spec=built.spec, recipe_id=built.recipe.recipe_id, device="cpu", batch_size=8)
+    path = optimize.compiled(order)
+    assert path is not None and path.is_relative_to(tmp_path)
+    assert built.adopt(8, optimize.load(path, 2))
+    assert abs(built.launch(pictures(8), "compiled").wait()["embedding"] - expected).max() <= 1e-4 * abs(expected).max()
+    written = path.stat().st_mtime_ns
+    assert optimize.compiled(order) == path and path.stat().st_mtime_ns == written
+    others = [
+        dataclasses.replace(order, batch_size=4),
+        dataclasses.replace(order, recipe_id="other"),
+        dataclasses.replace(order, spec=dataclasses.replace(built.spec, fold=False)),
+    ]
+    assert len({each.path for each in [order, *others]}) == 4
+
+
+def test_what_cannot_be_compiled_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built = make("python/models:untraceable", node="conv")
+    order = optimize.Order(spec=built.spec, recipe_id=built.recipe.recipe_id, device="cpu", batch_size=4)
+    assert optimize.compiled(order) is None
+    assert "could not be compiled and runs as it is" in caplog.text
 
 
 class _Evil:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from images import jpeg, member, tar
 
+import pipeline.source.tar
 from pipeline import config
 from pipeline.errors import ShardChanged, ShardError, SourceError
 from pipeline.source import Source, webdataset
@@ -266,6 +267,7 @@ def test_sparse_member_is_refused_and_the_rest_is_read(source):
 def test_huge_members_are_refused_unread(source, monkeypatch):
     monkeypatch.setattr(webdataset, "MAX_IMAGE_BYTES", 1000)
     monkeypatch.setattr(webdataset, "MAX_SIBLING_BYTES", 100)
+    monkeypatch.setattr(pipeline.source.tar, "FREE_BYTES", 50)
     payload = tar(
         [("a.jpg", b"x" * 1001), ("b.jpg", b"x" * 1000), ("b.txt", b"y" * 101), ("c.jpg", b"x"), ("c.npy", b"z" * 5000)]
     )

@@ -1,0 +1,155 @@
+"""Faster equivalents of a frozen model: BatchNorm folded into convolutions, and the whole compiled ahead of time.
+
+Neither is trusted: `Backbone` holds both against the model before they make a row, and the loop measures whether they are faster.
+A compiled program is a file for one model, batch size and kind of processor. It is made by a process of its own, so that
+the loop goes on meanwhile, and kept in the user's cache folder, where the next run finds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from pipeline.extract.model import Cut
+from pipeline.recipe import digest
+
+if TYPE_CHECKING:
+    from pipeline.extract.backbone import Spec
+
+logger = logging.getLogger(__name__)
+
+EAGER, FOLDED, COMPILED = "eager", "batchnorm folded", "compiled"
+COMPILE_S = 40.0
+"""What compiling takes of two cores: 13 to 46 s for the models tried (notably more for deep ones)."""
+EXPECTED_GAIN = 0.3
+"""Share of the forward passes' time that compiling can be hoped to save; 0 to 0.6 in the models tried."""
+COMPILE_TIMEOUT_S = 1800.0
+
+
+def fold(model: nn.Module) -> nn.Module | None:
+    """The model with BatchNorm folded into the convolutions before it; None where that cannot be done.
+
+    A frozen BatchNorm is a scale and a shift, which the convolution's weights can take: a pass over memory less.
+    """
+    if not isinstance(model, Cut) or not isinstance(model.extractor, GraphModule):
+        return None
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return None
+    from torch.fx.experimental.optimization import fuse
+
+    try:
+        # A shell of its own around the same layers: the layers that are folded are replaced in it, not changed.
+        shell = GraphModule(model.extractor, model.extractor.graph)
+        return Cut(fuse(shell, inplace=True, no_trace=True), model.outputs)
+    except Exception as error:  # an experimental part of PyTorch: whatever it stumbles over, eager works
+        logger.warning("BatchNorm could not be folded, the model runs as it is: %s: %s", type(error).__name__, error)
+        return None
+
+
+def is_worth_compiling(forward_s: float) -> bool:
+    """Whether a run with so many seconds of forward passes ahead of it gets back what compiling costs."""
+    return forward_s * EXPECTED_GAIN > COMPILE_S
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """A program to be compiled."""
+
+    spec: Spec
+    recipe_id: str
+    device: str
+    batch_size: int
+
+    @property
+    def path(self) -> Path:
+        """Where the compiled program is kept: another model, version of torch or processor has another file."""
+        if self.device == "cuda":
+            hardware = f"{torch.cuda.get_device_name()} {torch.cuda.get_device_capability()} {torch.version.cuda}"
+        else:
+            hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        name = digest(self.recipe_id, str(self.spec.fold), str(self.batch_size), torch.__version__, sys.version, hardware)
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return cache / "frozen-pipeline" / "compiled" / f"{name}.pt2"
+
+
+def compiled(order: Order) -> Path | None:
+    """Make the file of a compiled program, or wait for whoever is making it on this machine; None where it cannot be made."""
+    order.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # what lies there is run
+    with _only_one(order.path.with_suffix(".lock")):
+        if order.path.exists():
+            return order.path
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        start = time.monotonic()
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "pipeline.extract.optimize"],
+                input=pickle.dumps(order),
+                capture_output=True,
+                env=environment,
+                timeout=COMPILE_TIMEOUT_S,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            logger.warning("the model could not be compiled and runs as it is: %s", error)
+            return None
+        if done.returncode != 0 or not order.path.exists():
+            reason = (done.stderr.decode(errors="replace").strip().splitlines() or ["no output"])[-1]
+            logger.warning("the model could not be compiled and runs as it is: %s", reason[:300])
+            return None
+        logger.info("the model was compiled for batches of %d in %.0f s", order.batch_size, time.monotonic() - start)
+        return order.path
+
+
+def load(path: Path, num_lanes: int) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+    """A compiled program; `num_lanes` threads can run it at once."""
+    from torch._inductor.package import load_package
+
+    program: Callable[[torch.Tensor], dict[str, torch.Tensor]] = load_package(str(path), num_runners=num_lanes)
+    return program
+
+
+def _compile(order: Order) -> None:
+    """Build the model again and compile it, in a process of its own."""
+    os.nice(10)  # the loop goes first
+    torch.set_num_threads(1)
+    # Here, not above: the backbone imports this module.
+    from pipeline.extract.backbone import Backbone
+
+    backbone = Backbone(order.spec, order.device)
+    options: dict[str, Any] = {"freezing": True}
+    if order.device == "cpu":
+        options["cpp.threads"] = 1  # every core is a lane of its own
+    temporary = order.path.with_suffix(f".{os.getpid()}.pt2")
+    with torch.no_grad():
+        exported = torch.export.export(backbone._module, (backbone.new_batch(order.batch_size).to(order.device),), strict=False)
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(temporary), inductor_configs=options)
+    temporary.replace(order.path)
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """One process of this machine at a time."""
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+if __name__ == "__main__":
+    # The class is not this script's, but the one that was sent.
+    from pipeline.extract import optimize
+
+    optimize._compile(pickle.load(sys.stdin.buffer))

@@ -1,0 +1,111 @@
+"""SPDL's thread pipeline around our decoder and our optimised model: what its scheduling costs, nothing else.
+
+    python spdl_threads.py --tars DIR --out DIR [--decoders 2] [--threads 2] [--decode exact]
+
+Slots of reused batches are handed out by the source and filled in place; one thread embeds. Parquet is written at the end.
+"""
+
+from __future__ import annotations
+
+import queue
+import tarfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import common
+import numpy as np
+import pyarrow.parquet  # noqa: F401  imported before the clock starts, as in every competitor
+import torch
+import torchvision  # noqa: F401
+from numpy.typing import NDArray
+from spdl.pipeline import PipelineBuilder
+
+from pipeline import config
+from pipeline.extract.backbone import Backbone, Spec
+from pipeline.extract.decode import Decoder
+
+NUM_BATCHES = 4
+MAX_PIXELS = 100_000_000
+
+Job = tuple[torch.Tensor, int, str, bytes]
+"""Batch, slot, key, encoded bytes."""
+Placed = tuple[torch.Tensor, str]
+
+
+class Run:
+    """The stages, and the memory that they share."""
+
+    def __init__(self, backbone: Backbone, decode: str, batch_size: int, stamps: common.Stamps) -> None:
+        self._backbone, self._decode, self._batch_size, self._stamps = backbone, decode, batch_size, stamps
+        self._free: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+        for _ in range(NUM_BATCHES):
+            self._free.put(backbone.new_batch(batch_size))
+        self._local = threading.local()
+
+    def source(self, tars: list[Path]) -> Iterator[Job]:
+        slot, images_BHWC = 0, self._free.get()
+        for path in tars:
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    if slot == self._batch_size:
+                        slot, images_BHWC = 0, self._free.get()
+                    yield images_BHWC, slot, Path(member.name).stem, file.read()
+                    slot += 1
+
+    def decode(self, job: Job) -> Placed:
+        if not hasattr(self._local, "decoder"):
+            preprocess = self._backbone.preprocess
+            self._local.decoder = Decoder(preprocess, fast=self._decode == "fast", max_pixels=MAX_PIXELS)
+        images_BHWC, slot, key, data = job
+        self._local.decoder(data, images_BHWC[slot])
+        return images_BHWC, key
+
+    def embed(self, placed: list[Placed]) -> tuple[list[str], NDArray[np.float32]]:
+        images_BHWC = placed[0][0]  # the order of the source is kept, so all slots are of one batch
+        embeddings_BD = self._backbone.launch(images_BHWC).wait()["embedding"][: len(placed)].copy()
+        self._free.put(images_BHWC)
+        self._stamps.mark(len(placed))
+        return [key for _, key in placed], embeddings_BD
+
+
+def main() -> None:
+    arguments = common.arguments("SPDL", decoders=2, threads=2, batch_size=common.BATCH_SIZE)
+    job = common.Job(arguments.out)
+    torch.set_num_threads(arguments.threads)
+    chosen = config.Backbone(
+        model=f"torchvision/{arguments.model}", weights="seed:0", nodes={"embedding": config.Node(node="flatten")}
+    )
+    backbone = Backbone(Spec(backbone=chosen, decode=arguments.decode, precision="float32"))
+    run = Run(backbone, arguments.decode, arguments.batch_size, common.Stamps(arguments.out))
+    lane = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(arguments.threads,))
+    pipeline = (
+        PipelineBuilder()
+        .add_source(run.source(sorted(arguments.tars.glob("*.tar"))))
+        .pipe(run.decode, concurrency=arguments.decoders, output_order="input")
+        .aggregate(arguments.batch_size)
+        .pipe(run.embed, executor=lane)
+        .add_sink(2)
+        .build(num_threads=arguments.decoders)
+    )
+    keys: list[str] = []
+    embeddings = []
+    with pipeline.auto_stop():
+        for names, embeddings_BD in pipeline:
+            keys.extend(names)
+            embeddings.append(embeddings_BD)
+    common.write(arguments.out, keys, embeddings)
+    job.done(
+        len(keys),
+        decoders=arguments.decoders,
+        threads=arguments.threads,
+        batch_size=arguments.batch_size,
+        model=backbone.program,
+    )
+
+
+if __name__ == "__main__":
+    main()
