@@ -224,6 +224,30 @@ def vacuum(
 
 
 @app.command()
+def bench(
+    path: ConfigPath,
+    overrides: Overrides = None,
+    images: Annotated[int, typer.Option(metavar="N", min=1, help="Images of the source to measure with, at most.")] = 1000,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the limits of this machine on this source, how close a run comes, and what gradients would cost.
+
+    Changes nothing; takes a minute or two.
+
+    Example: pipeline bench configs/quickstart.yaml --images 500
+    """
+    with _reporting(as_json) as report:
+        settings = config.load(path, overrides or [])
+        from pipeline import bench as limits
+        from pipeline.report import terminal
+
+        with terminal.Watch() as watch:
+            report |= limits.measure(settings, images, watch.note)
+        if not as_json:
+            terminal.show_bench(report)
+
+
+@app.command()
 def demo(folder: Annotated[str, typer.Argument(metavar="DIR", help="Where to write.")], as_json: AsJson = False) -> None:
     """Write a small real labelled dataset (1,797 handwritten digits) as shards, to try everything on.
 

@@ -39,7 +39,7 @@ from pipeline.source import Source
 from pipeline.storage import Store, join
 
 if TYPE_CHECKING:
-    from pipeline.extract.actors import Result
+    from pipeline.extract.actors import Pool, Result
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,8 @@ class Summary:
     version: int | None = None
     committed: bool = False
     seconds: float = 0.0
+    started_at: float = 0.0
+    """Seconds since the epoch."""
     extract_seconds: float = 0.0
     num_bytes: int = 0
     """Encoded bytes of the shards that were extracted."""
@@ -100,11 +102,14 @@ class Summary:
             "version": self.version,
             "committed": self.committed,
             "recipe_id": self.recipe_id,
+            "started_at": round(self.started_at, 3),
             "seconds": round(self.seconds, 3),
+            "first_batch_s": self._first_batch_s(),
             "images_per_second": round(embedded / self.extract_seconds, 2) if self.extract_seconds else 0.0,
             "bytes_per_second": round(self.num_bytes / self.extract_seconds) if self.extract_seconds else 0,
             "bytes_per_image": round(self.num_bytes / max(1, sum(each.num_read for each in self.extracted))),
             "bound_by": metrics.bound_by(self.stages) if self.extracted else None,
+            "busy": {stage: round(share, 3) for stage, share in metrics.busy(self.stages).items()},
             "shards": {
                 "total": len(self.extracted) + len(self.adopted) + self.num_unchanged + len(self.failed),
                 "extracted": len(self.extracted),
@@ -129,6 +134,11 @@ class Summary:
             "error": self.error or None,
         }
 
+    def _first_batch_s(self) -> float | None:
+        """From the run's begin until some actor had embedded a batch."""
+        first = [at for actor in self.actors if (at := actor.get("first_batch_at")) is not None]
+        return round(min(first) - self.started_at, 3) if first else None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
@@ -138,16 +148,22 @@ class Goal:
     target: Target
 
     @classmethod
-    def of(cls, settings: config.Config) -> Goal:
-        """Build the model once on this machine's CPU: its weights' digest and its columns are part of the target."""
-        from pipeline.extract.backbone import Backbone, Spec
+    def of(cls, settings: config.Config, crew: _Crew | None = None) -> Goal:
+        """Build the model once on this machine's CPU: its weights' digest and its columns are part of the target.
 
+        Where nothing was committed yet there will be work: then the crew's actors import and build at the same time.
+        """
+        store = Store(settings.output.storage)
         source = Source(settings.source)
         layout, carried = source.layout(), source.fields()
+        if crew is not None and not store.exists(join(settings.output.url, table.LOG_FOLDER)):
+            crew.pool().prepare()
+        from pipeline.extract.backbone import Backbone, Spec
+
         spec = Spec(backbone=settings.backbone, decode=settings.decode, precision=settings.run.precision, fold=False)
         recipe = Backbone(spec).recipe
         target = Target(
-            store=Store(settings.output.storage),
+            store=store,
             url=settings.output.url,
             recipe=recipe,
             layout=layout,
@@ -178,12 +194,19 @@ def run(settings: config.Config, *, allow_removals: bool = False, observer: Obse
         UserError: config, source, model or output are not what they should be.
         RunError: nothing was committed, or (IncompleteRun) some shards failed while the rest was; says why.
     """
-    start = time.monotonic()
+    start, started_at = time.monotonic(), time.time()
     settings = _absolute(settings)
-    goal = Goal.of(settings)
-    summary = Summary(run_id=_new_run_id(), output=settings.output.url, recipe_id=goal.target.recipe.recipe_id)
+    crew = _Crew(settings)
     try:
-        _refresh(settings, goal, summary, allow_removals, observer)
+        goal = Goal.of(settings, crew)
+    except BaseException:
+        crew.close()
+        raise
+    summary = Summary(run_id=_new_run_id(), output=settings.output.url, recipe_id=goal.target.recipe.recipe_id)
+    summary.started_at = started_at
+    try:
+        with crew:
+            _refresh(settings, goal, summary, crew, allow_removals, observer)
         if settings.probe is not None and summary.version is not None:
             summary.probe = _probe(settings, settings.probe, goal, summary)
     except PipelineError as error:
@@ -197,7 +220,27 @@ def run(settings: config.Config, *, allow_removals: bool = False, observer: Obse
     return summary
 
 
-def _refresh(settings: config.Config, goal: Goal, summary: Summary, allow_removals: bool, observer: Observer | None) -> None:
+class _Crew(contextlib.ExitStack):
+    """The actors of a run, from the moment that there is work for them to the last row."""
+
+    def __init__(self, settings: config.Config) -> None:
+        super().__init__()
+        self._settings = settings
+        self._pool: Pool | None = None
+
+    def pool(self) -> Pool:
+        """The pool, on a Ray that is started when nothing else has."""
+        from pipeline.extract import actors
+
+        if self._pool is None:
+            self.enter_context(actors.cluster())
+            self._pool = self.enter_context(actors.Pool(self._settings))
+        return self._pool
+
+
+def _refresh(
+    settings: config.Config, goal: Goal, summary: Summary, crew: _Crew, allow_removals: bool, observer: Observer | None
+) -> None:
     """Plan, extract and commit; again when another run committed in between."""
     for attempt in range(COMMIT_ATTEMPTS):
         current, todo = goal.plan()
@@ -211,7 +254,7 @@ def _refresh(settings: config.Config, goal: Goal, summary: Summary, allow_remova
             goal.target.store.write(config_url, config.dump(settings).encode())
         if observer is not None:
             observer.planned(todo)
-        finished = todo.adopt + _extract(settings, goal, todo, summary, observer)
+        finished = todo.adopt + _extract(goal, todo, summary, crew, observer)
         if attempt == 0:
             summary.adopted = todo.adopt  # later attempts adopt what this run itself has just extracted
         summary.num_unchanged, summary.num_removed = len(todo.unchanged), len(todo.removed)
@@ -228,31 +271,28 @@ def _refresh(settings: config.Config, goal: Goal, summary: Summary, allow_remova
         raise IncompleteRun(f"{len(summary.failed)} of {todo.num_shards} shards failed ({kept}): {named}")
 
 
-def _extract(settings: config.Config, goal: Goal, todo: Plan, summary: Summary, observer: Observer | None) -> list[Partition]:
+def _extract(goal: Goal, todo: Plan, summary: Summary, crew: _Crew, observer: Observer | None) -> list[Partition]:
     """Partitions of the shards in the plan; those that failed are noted in the summary."""
     summary.failed.clear()
     if not todo.extract:
         return []
-    from pipeline.extract import actors
     from pipeline.extract.carry import known_rows
 
     finished: list[Partition] = []
     known = known_rows(goal.target, todo.carry_over_from(goal.target.recipe))
-    with actors.cluster(), actors.Pool(settings, goal.target, known) as pool:
-        start = time.monotonic()
-        # Large shards first: the last ones to finish are then small.
-        for result in pool.extract(sorted(todo.extract, key=lambda task: -task.shard.num_bytes)):
-            summary.stages.update(result.stages)
-            if result.partition is not None:
-                finished.append(result.partition)
-                summary.num_bytes += result.task.shard.num_bytes
-            else:
-                summary.failed[result.task.shard.url] = str(result.error)
-            if observer is not None:
-                observer.finished(result, pool.num_ready)
-        summary.extract_seconds += time.monotonic() - start
-        summary.actors += pool.seen
-        summary.num_actors_lost += pool.num_lost
+    pool, start = crew.pool(), time.monotonic()
+    # Large shards first: the last ones to finish are then small.
+    for result in pool.extract(sorted(todo.extract, key=lambda task: -task.shard.num_bytes), goal.target, known):
+        summary.stages.update(result.stages)
+        if result.partition is not None:
+            finished.append(result.partition)
+            summary.num_bytes += result.task.shard.num_bytes
+        else:
+            summary.failed[result.task.shard.url] = str(result.error)
+        if observer is not None:
+            observer.finished(result, pool.num_ready)
+    summary.extract_seconds += time.monotonic() - start
+    summary.actors, summary.num_actors_lost = pool.seen, pool.num_lost
     summary.extracted += finished
     return finished
 

@@ -1,4 +1,4 @@
-"""Where the time goes: seconds by stage, what a run adds up to, and what bounds it."""
+"""Where the time goes: seconds by stage, how busy each stage was, and what bounds a run."""
 
 from __future__ import annotations
 
@@ -9,11 +9,22 @@ import time
 from collections.abc import Iterator, Mapping
 
 STAGES = ("fetch", "decode", "forward", "write")
-"""What threads do. Their waiting is counted beside it:
+"""What threads do, and `device`, what a GPU computes beside them. The threads' waiting is counted too:
 
 `no_shard` fetchers without a shard · `no_sample` workers without a sample · `no_batch` workers without a free batch, because
-device or writer are behind.
+device or writer are behind · `no_rows` writers without rows. `elapsed` is the loop's own clock.
 """
+BUSY = 0.5
+"""A stage that is busy for more than this share of its threads' time is not waiting for the others."""
+
+ADVICE = {
+    "fetch": "reading the source is too slow: run closer to the storage, or pack small files into larger shards",
+    "decode": "decoding is too slow: more cores for each actor, images stored smaller, or decode: fast for large JPEGs",
+    "forward": "the model is what takes the time: a faster device, more of them, or bfloat16 where it is precise enough",
+    "write": "writing the output is too slow: an output closer by, fewer or narrower nodes, or shards of more images",
+    "starved": "the actors wait for shards: more and smaller shards keep them busy, fewer actors cost less",
+}
+"""The one change that would help most, by what bounds a run."""
 
 
 class Stages:
@@ -44,16 +55,38 @@ class Stages:
             return dict(seconds)
 
 
+def busy(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Stage to the share of its threads' time that it was at work, from 0 to 1.
+
+    Workers decode and compute, so on a CPU the shares of `decode` and `forward` add up to what they were not waiting.
+    """
+    of = collections.defaultdict(float, seconds)
+    workers = of["decode"] + of["forward"] + of["no_sample"] + of["no_batch"]
+    totals = {
+        "fetch": of["fetch"] + of["no_shard"],
+        "decode": workers,
+        "forward": workers,
+        "write": of["write"] + of["no_rows"],
+    }
+    shares = {stage: of[stage] / totals[stage] if totals[stage] else 0.0 for stage in STAGES}
+    if of["device"] and of["elapsed"]:  # on a GPU workers only launch what the device computes
+        shares["forward"] = min(1.0, of["device"] / of["elapsed"])
+    return shares
+
+
 def bound_by(seconds: Mapping[str, float]) -> str:
     """`fetch`, `decode`, `forward`, `write` or `starved`: what has to become faster for the run to become faster.
 
-    Workers decode and launch forward passes. Where they mostly wait for samples, fetching is too slow, or there are no shards
-    to fetch; where they mostly wait for a free batch, what comes after them is. Otherwise it is what they spend most time on.
+    Workers decode and launch forward passes. Where they mostly wait for samples, reading is too slow, or the writers are, since
+    only so many shards are open at once, or there are no shards. Where they mostly wait for a free batch, what comes after
+    them is too slow. Otherwise it is what they spend most time on.
     """
-    busy = seconds.get("decode", 0.0) + seconds.get("forward", 0.0)
-    no_sample, no_batch = seconds.get("no_sample", 0.0), seconds.get("no_batch", 0.0)
-    if no_sample > max(busy, no_batch):
-        return "starved" if seconds.get("no_shard", 0.0) > seconds.get("fetch", 0.0) else "fetch"
-    if no_batch > busy:
-        return "write" if seconds.get("write", 0.0) > seconds.get("device", 0.0) else "forward"
-    return "decode" if seconds.get("decode", 0.0) > seconds.get("forward", 0.0) else "forward"
+    of, share = collections.defaultdict(float, seconds), busy(seconds)
+    working = of["decode"] + of["forward"]
+    if of["no_sample"] > max(working, of["no_batch"]):
+        if share["fetch"] > BUSY and share["fetch"] >= share["write"]:
+            return "fetch"
+        return "write" if share["write"] > BUSY else "starved" if of["no_shard"] > of["fetch"] else "fetch"
+    if of["no_batch"] > working:
+        return "write" if of["write"] > of["device"] else "forward"
+    return "decode" if of["decode"] > of["forward"] else "forward"

@@ -91,3 +91,32 @@ class Breaks(nn.Module):
 
 def breaks() -> nn.Module:
     return Breaks()
+
+
+class Greedy(Pooled):
+    """Asks for more memory than there is for more than five pictures at once; torch.fx cannot trace it."""
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        if len(images_BCHW) > 5 and images_BCHW.amax() > -9:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.features(images_BCHW).mean(dim=(2, 3))
+
+
+def greedy() -> nn.Module:
+    return Greedy(nn.Sequential(nn.Conv2d(3, 32, 7, stride=16), nn.ReLU()))
+
+
+def heavy() -> nn.Module:
+    """Far more work than decoding a small picture."""
+    layers = [nn.Conv2d(3, 64, 7, stride=4), *(nn.Conv2d(64, 64, 5, padding=2) for _ in range(4))]
+    return Pooled(nn.Sequential(*layers))
+
+
+def wide() -> nn.Module:
+    """Hardly any work, and embeddings of 147 kB."""
+    return _Wide()
+
+
+class _Wide(nn.Module):
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return torch.flatten(images_BCHW[:, :, ::2, ::2], 1)

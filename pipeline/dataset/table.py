@@ -27,6 +27,7 @@ from pipeline.errors import CommitConflict, ConfigError, DatasetError, StorageEr
 from pipeline.recipe import FORMAT_VERSION, Recipe, canonical
 from pipeline.storage import FileStat, Store, join
 
+LOG_FOLDER = "_delta_log"
 PARTITION_COLUMNS = ("_shard", "_fingerprint", "_recipe", "_layout", "_quarantined")
 """Delta partition values of every file: what it was made from, what by, and how many samples it could not embed."""
 CONFIGURATION = {
@@ -277,7 +278,7 @@ def _is_waste(path: str, named: set[str]) -> bool:
 
 def _versions(store: Store, url: str) -> list[int]:
     """Versions that the log has, oldest first."""
-    names = [file.url.rpartition("/")[2] for file in store.list(join(url, "_delta_log"), missing_ok=True)]
+    names = [file.url.rpartition("/")[2] for file in store.list(join(url, LOG_FOLDER), missing_ok=True)]
     return sorted(int(name[:20]) for name in names if re.fullmatch(r"\d{20}\.json", name))
 
 

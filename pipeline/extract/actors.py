@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
@@ -29,6 +29,10 @@ from pipeline.errors import GuardError, IncompleteRun, PipelineError, ShardChang
 from pipeline.extract.carry import NOTHING_KNOWN, KnownRows, Task
 from pipeline.source import Source
 
+if TYPE_CHECKING:
+    from pipeline.extract.backbone import Backbone
+    from pipeline.extract.loop import Loop
+
 logger = logging.getLogger(__name__)
 
 SHARDS_IN_FLIGHT = 3
@@ -38,6 +42,8 @@ MAX_STILLBORN = 3
 """So many actors may die before the first one has started."""
 MAX_LOST_IN_A_ROW = 10
 """Actors that may die while no shard is finished. More than a bad shard can cost, less than a night."""
+MAX_PREPARED = 8
+"""Actors that are started before it is known how many shards there are."""
 POLL_S = 5.0
 """How often the pool looks for nodes that joined."""
 BATCH_SIZES = {"cpu": (8, 16, 32), "cuda": (64, 128, 256, 512)}
@@ -61,47 +67,67 @@ class Result:
 class Extractor:
     """The loop in an actor. Device, threads and batch size are decided here, where the hardware is."""
 
-    def start(
-        self, settings: config.Config, target: Target, known: KnownRows, num_bytes: int, import_paths: list[str]
-    ) -> dict[str, Any]:
-        """Build the model and start the loop; where this actor runs and with what.
+    def __init__(self, settings: config.Config, import_paths: list[str]) -> None:
+        # A model of one's own lies where the driver was started, which is not where Ray starts its workers.
+        sys.path.extend(path for path in import_paths if path not in sys.path)
+        self._settings = settings
+        self._backbone: Backbone | None = None
+        self._building = threading.Lock()
+        self._loop: Loop | None = None
+        self._why = ""
+
+    def prepare(self) -> None:
+        """Import what takes long and build the model, while the driver still plans."""
+        with contextlib.suppress(Exception):  # `start` meets it again, and is listened to
+            self._build()
+
+    def _build(self) -> Backbone:
+        import torch
+
+        from pipeline.extract.backbone import Backbone, Spec
+
+        with self._building:
+            if self._backbone is None:
+                run = self._settings.run
+                device = "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
+                if device == "cpu":
+                    torch.set_num_threads(1)  # each worker thread is a lane of its own: threads below it would only spin
+                spec = Spec(
+                    backbone=self._settings.backbone,
+                    decode=self._settings.decode,
+                    precision=run.precision,
+                    fold=run.optimize != "none",
+                )
+                self._backbone = Backbone(spec, device)
+            return self._backbone
+
+    def start(self, target: Target, known: KnownRows, num_bytes: int) -> dict[str, Any]:
+        """Start the loop; where this actor runs and with what.
 
         Not in the constructor: what that raises reaches the driver only as text.
 
         Args:
-            settings: the config.
             target: what the dataset shall be.
             known: rows that need not be computed.
             num_bytes: of the shards that this actor can expect to get.
-            import_paths: where the driver finds its modules.
         """
-        # A model of one's own lies where the driver was started, which is not where Ray starts its workers.
-        sys.path.extend(path for path in import_paths if path not in sys.path)
-        import torch
-
-        from pipeline.extract.backbone import Backbone, Spec
         from pipeline.extract.loop import Loop, Settings
 
-        run, gpus = settings.run, ray.get_gpu_ids()
-        device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
-        threads = run.threads if run.threads != "auto" else _share_of_node(run, bool(gpus))
-        if device == "cpu":
-            torch.set_num_threads(1)  # every worker thread is a lane of its own: a second level of threads would only spin
-        spec = Spec(
-            backbone=settings.backbone, decode=settings.decode, precision=run.precision, fold=run.optimize != "none"
-        )
-        self._backbone = Backbone(spec, device)
-        if self._backbone.recipe.fields != target.recipe.fields:
+        backbone, run, gpus = self._build(), self._settings.run, ray.get_gpu_ids()
+        if backbone.recipe.fields != target.recipe.fields:
             raise GuardError(
                 "backbone: this node builds another model than the driver does; are the same packages installed on all nodes?"
             )
+        device = backbone.device.type
+        threads = run.threads if run.threads != "auto" else _share_of_node(run, bool(gpus))
         sizes = BATCH_SIZES[device] if run.batch_size == "auto" else (run.batch_size,)
-        work = Settings(decode=settings.decode, batch_sizes=sizes, num_workers=threads)
-        self._loop = Loop(Source(settings.source), self._backbone, target, work, known)
-        self._why = ""
+        work = Settings(decode=self._settings.decode, batch_sizes=sizes, num_workers=threads)
+        if self._loop is not None:
+            self._loop.close()
+        self._loop = Loop(Source(self._settings.source), backbone, target, work, known)
         if run.optimize in ("auto", "compile"):
-            optimizing = threading.Thread(target=self._compile, args=(run.optimize, sizes, threads, num_bytes), daemon=True)
-            optimizing.start()
+            arguments = (backbone, self._loop, run.optimize, sizes, threads, num_bytes)
+            threading.Thread(target=self._compile, args=arguments, daemon=True).start()
         return {
             "pid": os.getpid(),
             "node": ray.get_runtime_context().get_node_id(),
@@ -109,58 +135,60 @@ class Extractor:
             "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
             "device": device,
             "threads": threads,
-            **self._chosen(),
+            **self._chosen(backbone, self._loop),
         }
 
     def extract(self, task: Task) -> Result:
         """Extract one shard. Several calls run at once, so that batches are packed across shards."""
+        backbone, loop = self._backbone, self._loop
+        assert backbone is not None and loop is not None, "the pool waits for start()"
         partition, error = None, None
         try:
-            partition = self._loop.submit(task).result()
+            partition = loop.submit(task).result()
         except PipelineError as failure:
             error = failure
-        return Result(task=task, partition=partition, error=error, stages=self._loop.stages.take(), chosen=self._chosen())
+        chosen = self._chosen(backbone, loop)
+        return Result(task=task, partition=partition, error=error, stages=loop.stages.take(), chosen=chosen)
 
-    def _chosen(self) -> dict[str, Any]:
+    def _chosen(self, backbone: Backbone, loop: Loop) -> dict[str, Any]:
         from pipeline.extract.optimize import COMPILED
 
-        best = self._loop.tuner.best
-        program = COMPILED if best.program == COMPILED else self._backbone.program
-        return {"model": program, "batch_size": best.batch_size, "model_because": self._why}
+        best = loop.tuner.best
+        return {
+            "model": COMPILED if best.program == COMPILED else backbone.program,
+            "model_because": self._why,
+            "batch_size": best.batch_size,
+            "first_batch_at": loop.first_batch_at,
+        }
 
-    def _compile(self, mode: str, sizes: Sequence[int], num_lanes: int, num_bytes: int) -> None:
+    def _compile(self, backbone: Backbone, loop: Loop, mode: str, sizes: Sequence[int], num_lanes: int, num_bytes: int) -> None:
         """Beside the loop: let it use a compiled program, where there is one or one is worth its making."""
         from pipeline.extract import optimize
         from pipeline.extract.tune import Way
 
-        loop, tuner = self._loop, self._loop.tuner
+        tuner, device = loop.tuner, backbone.device.type
         while not tuner.wait(POLL_S) or not tuner.seconds_per_image:
             time.sleep(0.1)  # until batches were computed, there is nothing to go by
         best = tuner.best.batch_size
         orders = [
-            optimize.Order(
-                spec=self._backbone.spec, recipe_id=self._backbone.recipe.recipe_id,
-                device=self._backbone.device.type, batch_size=size,
-            )
-            for size in (best, *(size for size in sizes if size != best))
-        ]  # fmt: skip
-        made = [order for order in orders if order.path.exists()]
-        order = made[0] if made else orders[0]
-        if mode == "auto" and not made:
-            remaining = (num_bytes - loop.num_bytes_fetched) / max(1, loop.num_bytes_fetched) * loop.num_fetched
-            seconds = remaining * tuner.seconds_per_image / (num_lanes if self._backbone.device.type == "cpu" else 1)
-            self._why = f"{max(0.0, seconds):.0f} s of forward passes ahead"
+            optimize.Order(spec=backbone.spec, recipe_id=backbone.recipe.recipe_id, device=device, batch_size=size)
+            for size in dict.fromkeys([best, *sizes])
+        ]
+        order = next((order for order in orders if order.path.exists()), orders[0])
+        if mode == "auto" and not order.path.exists():
+            images = loop.num_fetched / max(1, loop.num_bytes_fetched) * (num_bytes - loop.num_bytes_fetched)
+            seconds = images * tuner.seconds_per_image / (num_lanes if device == "cpu" else 1)
             if not optimize.is_worth_compiling(seconds):
-                self._why += " are too few to compile for"
+                self._why = f"{max(0.0, seconds):.0f} s of forward passes were ahead, too few to compile for"
                 return
         path = optimize.compiled(order)
-        if path is None or not self._backbone.adopt(order.batch_size, optimize.load(path, num_lanes)):
+        if path is None or not backbone.adopt(order.batch_size, optimize.load(path, num_lanes)):
             self._why = "it could not be compiled"
             return
         way = Way(optimize.COMPILED, order.batch_size)
         if mode == "compile":
             tuner.insist(way)
-            self._why = "the config asks for it"
+            self._why = "the config says so"
         else:
             tuner.add(way)
             self._why = "measured"
@@ -199,8 +227,8 @@ class _Worker:
     """One actor and what it has in hand."""
 
     actor: Any
-    place: str
-    """Node that it is bound to, empty for an actor on any GPU."""
+    place: tuple[str, float]
+    """Node that it is bound to, empty for any; share of a GPU."""
     ready: bool = False
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
     in_hand: dict[Any, Task] = dataclasses.field(default_factory=dict)
@@ -209,16 +237,17 @@ class _Worker:
 class Pool:
     """Actors on what the cluster has. Use as a context manager; the actors end with it."""
 
-    def __init__(self, settings: config.Config, target: Target, known: KnownRows = NOTHING_KNOWN) -> None:
+    def __init__(self, settings: config.Config) -> None:
         self._settings, self._settings_ref = settings, ray.put(settings)
-        self._target, self._known_ref = target, ray.put(known)  # hashes only, shared by the actors of a node
-        self._workers: list[_Worker] = []
-        self._starting: dict[Any, _Worker] = {}
+        self._target: Target | None = None
+        self._known_ref: Any = None
         self._num_bytes = 0
         """Of the shards that are to be extracted."""
+        self._workers: list[_Worker] = []
+        self._starting: dict[Any, _Worker] = {}
         self._attempts: collections.Counter[str] = collections.Counter()
         self.seen: list[dict[str, Any]] = []
-        """What `Extractor.start` told of every actor that was ever ready."""
+        """What `Extractor.start` told of every actor that was ever ready, and what it has found to be fastest since."""
         self.num_lost = 0
         """Actors that died."""
         self._lost_in_a_row = 0
@@ -235,13 +264,22 @@ class Pool:
         """Actors at work."""
         return sum(worker.ready for worker in self._workers)
 
-    def extract(self, tasks: Iterable[Task]) -> Iterator[Result]:
+    def prepare(self) -> None:
+        """Let the first actors import and build while the driver still plans."""
+        for place, share in self._places()[:MAX_PREPARED]:
+            worker = self._hire(place, share)
+            worker.actor.prepare.remote()
+
+    def extract(self, tasks: Iterable[Task], target: Target, known: KnownRows = NOTHING_KNOWN) -> Iterator[Result]:
         """Extract shards on all actors; results in the order in which they finish.
 
         A shard whose actor died, or that a passing fault hit, is tried again, up to `run.max_attempts` times in all.
         """
         waiting = collections.deque(tasks)
         self._num_bytes = sum(task.shard.num_bytes for task in waiting)
+        self._target, self._known_ref = target, ray.put(known)  # hashes only, shared by the actors of a node
+        for worker in self._workers:
+            self._start(worker)
         source = Source(self._settings.source)
         next_look = 0.0
         while waiting or any(worker.in_hand for worker in self._workers):
@@ -282,7 +320,7 @@ class Pool:
                 raise IncompleteRun(f"{self.num_lost} actors died before they had started: {_first_line(error)}") from None
             return
         worker.ready = True
-        self.seen.append(worker.info)
+        self.seen = [info for info in self.seen if info["pid"] != worker.info["pid"]] + [worker.info]
         logger.info("actor %s on node %s: %s", worker.info["pid"], worker.info["node"][:8], worker.info["device"])
 
     def _collect(self, ref: Any, waiting: collections.deque[Task], source: Source) -> Result | None:
@@ -329,38 +367,45 @@ class Pool:
         waiting.extendleft(worker.in_hand.values())
         logger.warning("an actor died; %d shards go to others", len(worker.in_hand) + 1)
 
-    def _grow(self, num_waiting: int) -> None:
-        """Start an actor wherever the cluster has room for one and there is work for it."""
+    def _places(self) -> list[tuple[str, float]]:
+        """Node (empty for any) and share of a GPU of every actor that the cluster has room for now."""
         run = self._settings.run
         nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         gpus = sum(node["Resources"].get("GPU", 0) for node in nodes)
         if gpus or run.num_gpus != "auto":
             share = 1.0 if run.num_gpus == "auto" else run.num_gpus
-            places = [""] * (int(gpus / share) if run.workers == "auto" else run.workers)
-        else:
-            # Without a node the autoscaler has to hear of the need: an actor without a place asks for one.
-            share, cpu_nodes = 0.0, [node["NodeID"] for node in nodes if node["Resources"].get("CPU", 0) >= 1] or [""]
-            number = len(cpu_nodes) if run.workers == "auto" else run.workers
-            places = [cpu_nodes[i % len(cpu_nodes)] for i in range(number)]
+            return [("", share)] * (int(gpus / share) if run.workers == "auto" else run.workers)
+        # Without a node the autoscaler has to hear of the need: an actor without a place asks for one.
+        cpu_nodes = [node["NodeID"] for node in nodes if node["Resources"].get("CPU", 0) >= 1] or [""]
+        number = len(cpu_nodes) if run.workers == "auto" else run.workers
+        return [(cpu_nodes[i % len(cpu_nodes)], 0.0) for i in range(number)]
+
+    def _grow(self, num_waiting: int) -> None:
+        """Start an actor wherever the cluster has room for one and there is work for it."""
+        places = self._places()
         missing = collections.Counter(places) - collections.Counter(worker.place for worker in self._workers)
         for place in list(missing.elements())[: max(0, num_waiting - len(self._starting))]:
-            self._start(place, share, self._num_bytes // max(1, len(places)))
+            self._start(self._hire(*place), len(places))
 
-    def _start(self, place: str, num_gpus: float, num_bytes: int) -> None:
+    def _hire(self, node: str, num_gpus: float) -> _Worker:
         options: dict[str, Any] = {
             "num_cpus": 1,
             "num_gpus": num_gpus,
             "max_concurrency": SHARDS_IN_FLIGHT,
             "max_restarts": 0,  # the pool replaces what dies: it has to hear of it
         }
-        if place:
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(place, soft=False)
+        if node:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
         remote: Any = ray.remote(Extractor)
-        actor = remote.options(**options).remote()
-        worker = _Worker(actor, place)
+        actor = remote.options(**options).remote(self._settings_ref, [path or os.getcwd() for path in sys.path])
+        worker = _Worker(actor, (node, num_gpus))
         self._workers.append(worker)
-        import_paths = [path or os.getcwd() for path in sys.path]
-        self._starting[actor.start.remote(self._settings_ref, self._target, self._known_ref, num_bytes, import_paths)] = worker
+        return worker
+
+    def _start(self, worker: _Worker, num_places: int = 1) -> None:
+        worker.ready = False
+        share = self._num_bytes // max(num_places, len(self._workers))
+        self._starting[worker.actor.start.remote(self._target, self._known_ref, share)] = worker
 
 
 def _first_line(error: BaseException) -> str:

@@ -268,11 +268,14 @@ class Backbone:
 class Program(nn.Module):
     """Pictures to embeddings in one piece, so that a compiler sees all of it: normalise, forward, pool, normalise, round."""
 
+    scale_L: torch.Tensor
+    offset_L: torch.Tensor
+
     def __init__(self, module: nn.Module, nodes: Mapping[str, config.Node], preprocess: Preprocess, precision: str) -> None:
         super().__init__()
         self.module, self.nodes, self.precision = module, dict(nodes), precision
         mean_C, std_C = torch.tensor(preprocess.mean) * 255, torch.tensor(preprocess.std) * 255
-        # Per value of a line of pixels (RGBRGB…), not per channel: a broadcast over a last dimension of three is six times slower.
+        # Per value of a line of pixels (RGBRGB…), not per channel: a broadcast over a dimension of three is six times slower.
         self.register_buffer("scale_L", (1 / std_C).repeat(preprocess.crop), persistent=False)
         self.register_buffer("offset_L", (-mean_C / std_C).repeat(preprocess.crop), persistent=False)
 

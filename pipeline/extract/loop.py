@@ -19,9 +19,9 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -82,8 +82,8 @@ class Loop:
         self._budget = ByteBudget(MAX_QUEUED_BYTES)
         self._results: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.tuner = Tuner([Way(backbone.program, size) for size in settings.batch_sizes])
-        # What is computed (on a CPU one a worker, on a GPU one that is copied and one that runs), one that is being filled, one on
-        # its way back; and as many as one chunk can span, since a worker takes all slots of a chunk at once.
+        # What is computed (on a CPU one a worker, on a GPU one that is copied and one that runs), one that is being filled, one
+        # on its way back; and as many as one chunk can span, since a worker takes all slots of a chunk at once.
         num_computed = settings.num_workers if backbone.device.type == "cpu" else 2
         self._batches = Batches(backbone, self.tuner, num_computed + 2 + CHUNK_SAMPLES // min(settings.batch_sizes))
         self._writing: list[queue.Queue[Callable[[], None] | None]] = [queue.Queue(maxsize=4) for _ in range(NUM_WRITERS)]
@@ -93,6 +93,8 @@ class Loop:
         self._lock = threading.Lock()
         self._open: set[_Open] = set()
         self._num_opened = 0
+        self.first_batch_at: float | None = None
+        """Seconds since the epoch when the first batch had been embedded."""
         self.num_fetched = 0
         """Samples, and below their encoded bytes, so far."""
         self.num_bytes_fetched = 0
@@ -255,17 +257,16 @@ class Loop:
         Raises:
             torch.OutOfMemoryError: not even a single picture fits.
         """
-        size = batch.way.batch_size
-        while size > 1:
+        size, outputs = batch.way.batch_size, dict[str, NDArray[np.float32]]()
+        while size > 1 and not outputs:
             size = self.tuner.refuse(size)
             logger.warning("%d pictures at once do not fit into memory, going on with %d", batch.way.batch_size, size)
             with contextlib.suppress(torch.OutOfMemoryError):
-                parts = []
-                for images_BHWC in batch.images_BHWC.split(size):
-                    parts.append(self._backbone.launch(images_BHWC).wait())
+                parts = [self._backbone.launch(images_BHWC).wait() for images_BHWC in torch.split(batch.images_BHWC, size)]
                 outputs = {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
-                return Pass(lambda: outputs, lambda: math.inf)
-        raise torch.OutOfMemoryError("a single picture does not fit into the device's memory")
+        if not outputs:
+            raise torch.OutOfMemoryError("a single picture does not fit into the device's memory")
+        return Pass(lambda: outputs, lambda: 0.0)
 
     def _launch_rest(self) -> None:
         """Launch the open batch when nothing that is on its way could fill it."""
@@ -276,21 +277,33 @@ class Loop:
 
     def _route(self) -> None:
         """Bring results back to their partitions. Only this thread touches what an open partition has collected."""
-        while (result := self._results.get()) is not None:
-            result()
+        while True:
+            with self.stages.time("elapsed"):
+                result = self._results.get()
+                if result is None:
+                    return
+                result()
 
     def _write(self, writing: queue.Queue[Callable[[], None] | None]) -> None:
         """Encode and publish, off the path of the samples."""
-        while (job := writing.get()) is not None:
+        while True:
+            with self.stages.time("no_rows"):
+                job = writing.get()
+            if job is None:
+                return
             with self.stages.time("write"):
                 job()
 
     # What comes back, run by the router
 
     def _embedded(self, batch: Batch, started: Pass) -> None:
-        with self.stages.time("device"):
-            outputs = started.wait()
-        self.tuner.record(batch.way, started.seconds())
+        # Copied, so that nothing that lives on lies among the large blocks of the forward pass (see `Decoder`).
+        outputs = {column: values_BD.copy() for column, values_BD in started.wait().items()}
+        seconds = started.seconds()
+        self.tuner.record(batch.way, seconds)
+        if self._backbone.device.type != "cpu":
+            self.stages.add("device", seconds)
+        self.first_batch_at = self.first_batch_at or time.time()
         finite_B = np.logical_and.reduce([np.isfinite(values_BD).all(axis=1) for values_BD in outputs.values()])
         touched: dict[_Open, None] = {}
         for slot, row in enumerate(batch.rows):

@@ -66,6 +66,7 @@ class Cut(nn.Module):
         self.extractor, self.outputs = extractor, outputs
 
     def forward(self, images_BCHW: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Normalised (B, 3, H, W) to column and what the node gives."""
         outputs = self.extractor(images_BCHW)
         return {column: outputs[name] for column, name in self.outputs.items()}
 

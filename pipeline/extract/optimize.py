@@ -1,18 +1,20 @@
 """Faster equivalents of a frozen model: BatchNorm folded into convolutions, and the whole compiled ahead of time.
 
-Neither is trusted: `Backbone` holds both against the model before they make a row, and the loop measures whether they are faster.
-A compiled program is a file for one model, batch size and kind of processor. It is made by a process of its own, so that
-the loop goes on meanwhile, and kept in the user's cache folder, where the next run finds it.
+Neither is trusted: `Backbone` holds both against the model before they make a row, and the loop measures whether they are
+faster. A compiled program is a file for one model, batch size and kind of processor. It is made by a process of its own, so
+that the loop goes on meanwhile, and kept in the user's cache folder, where the next run finds it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import logging
 import os
 import pickle
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -39,6 +41,8 @@ COMPILE_S = 40.0
 EXPECTED_GAIN = 0.3
 """Share of the forward passes' time that compiling can be hoped to save; 0 to 0.6 in the models tried."""
 COMPILE_TIMEOUT_S = 1800.0
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: be sent a signal when the thread that started this process ends."""
 
 
 def fold(model: nn.Module) -> nn.Module | None:
@@ -116,7 +120,7 @@ def compiled(order: Order) -> Path | None:
 
 def load(path: Path, num_lanes: int) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
     """A compiled program; `num_lanes` threads can run it at once."""
-    from torch._inductor.package import load_package
+    from torch._inductor.package.package import load_package
 
     program: Callable[[torch.Tensor], dict[str, torch.Tensor]] = load_package(str(path), num_runners=num_lanes)
     return program
@@ -125,6 +129,8 @@ def load(path: Path, num_lanes: int) -> Callable[[torch.Tensor], dict[str, torch
 def _compile(order: Order) -> None:
     """Build the model again and compile it, in a process of its own."""
     os.nice(10)  # the loop goes first
+    if sys.platform == "linux":  # and when it ends, nobody waits for this any more
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)
     # Here, not above: the backbone imports this module.
     from pipeline.extract.backbone import Backbone

@@ -5,13 +5,17 @@ Everything here goes to stderr, but for the summary and the tables: those are th
 
 from __future__ import annotations
 
+import collections
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
+
+from pipeline import metrics
 
 if TYPE_CHECKING:
     from pipeline.extract.actors import Result
@@ -30,6 +34,7 @@ class Watch:
         self._start = self._last_line = time.monotonic()
         self._num_images = self._num_quarantined = self._num_failed = self._num_done = self._num_shards = 0
         self._bytes_done = self._bytes_total = 0
+        self._stages: collections.Counter[str] = collections.Counter()
 
     def __enter__(self) -> Watch:
         return self
@@ -43,7 +48,8 @@ class Watch:
         self.note(plan_line(plan))
         if not plan.extract:
             return
-        self._num_done, self._num_shards = 0, len(plan.extract)
+        self._start = time.monotonic()
+        self._num_images, self._num_done, self._num_shards = 0, 0, len(plan.extract)
         self._bytes_done, self._bytes_total = 0, plan.num_bytes
         if self._console.is_terminal:
             self._bar = Progress(
@@ -61,8 +67,6 @@ class Watch:
     def finished(self, result: Result, num_actors: int) -> None:
         """One shard is done, or has failed."""
         now = time.monotonic()
-        if self._num_done == 0 and self._num_images == 0:
-            self._start = min(self._start, now)
         self._num_done += 1
         self._bytes_done += result.task.shard.num_bytes
         if result.partition is not None:
@@ -71,7 +75,9 @@ class Watch:
         else:
             self._num_failed += 1
         rate = self._num_images / max(now - self._start, 1e-9)
+        self._stages.update(result.stages)
         state = f"{self._num_images:,} images, {rate:,.0f}/s, {self._num_quarantined} quarantined, {num_actors} actors"
+        state += f", bound by {metrics.bound_by(self._stages)} ({shares(metrics.busy(self._stages))})"
         if self._num_failed:
             state += f", {self._num_failed} shards failed"
         if self._bar is not None and self._task is not None:
@@ -113,8 +119,11 @@ def show_run(summary: dict[str, Any]) -> None:
     )
     rows.append(("images", embedded))
     rows.append(("shards", ", ".join(f"{count:,} {name}" for name, count in shards.items() if count or name == "extracted")))
-    speed = f", {summary['images_per_second']:,.0f} images/s, bound by {summary['bound_by']}" if summary["bound_by"] else ""
+    speed = f", {summary['images_per_second']:,.0f} images/s" if summary["bound_by"] else ""
     rows.append(("time", f"{duration(summary['seconds'])}{speed}"))
+    if summary["bound_by"]:
+        rows.append(("bound by", f"{summary['bound_by']} ({shares(summary['busy'])})"))
+        rows.append(("", metrics.ADVICE[summary["bound_by"]]))
     if summary["version"] is None:
         rows.append(("dataset", f"{output}: no version yet"))
     else:
@@ -131,6 +140,11 @@ def show_run(summary: dict[str, Any]) -> None:
         rows.append(("next", f"pipeline status {output}"))
         rows.append(("", f"python -c \"import pipeline; print(pipeline.open_dataset('{output}').to_numpy())\""))
     show_pairs(rows)
+
+
+def shares(busy: dict[str, float]) -> str:
+    """How busy each stage is, in a few words."""
+    return ", ".join(f"{stage} {share:.0%}" for stage, share in busy.items())
 
 
 def show_diff(report: dict[str, Any]) -> None:
@@ -156,6 +170,64 @@ def show_diff(report: dict[str, Any]) -> None:
             cosines = ", ".join(f"{name} {drift[f'cosine_{name}']:.4f}" for name in ("mean", "median", "min"))
             pairs.append(("", f"cosine of {drift['num_compared']:,} rows before and after: {cosines}"))
     show_pairs(pairs)
+
+
+def show_bench(report: dict[str, Any]) -> None:
+    """The limits of this machine, how close the loop comes, and what training machinery would cost."""
+    machine, storage, decode, forward = (report[name] for name in ("machine", "storage", "decode", "forward"))
+    limit, run, machinery = report["limit"], report["end_to_end"], report["training_machinery"]
+    show_pairs(
+        [
+            ("machine", f"{machine['name']}, {machine['cores']} cores, torch {machine['torch']}"),
+            ("model", f"{report['model']}, {report['precision']}"),
+            ("images", f"{report['images']['read']:,}, {size(report['images']['mean_bytes'])} on average"),
+        ]
+    )
+    table = _table("limit", "images/s")
+    table.add_row(
+        "storage", _rate(storage["images_per_s"]), f"{size(storage['bytes_per_s'])}/s, {storage['fetchers']} fetchers"
+    )
+    for name in ("exact", "fast"):
+        mark = ", as configured" if name == decode["configured"] else ""
+        table.add_row(f"decode: {name}", _rate(decode[name]["inputs_per_s"]), f"{decode['threads']} threads{mark}")
+    for each in forward["programs"]:
+        lanes = f" in {forward['lanes']} lanes" if forward["lanes"] > 1 else ""
+        table.add_row(f"forward: {each['program']}", _rate(each["images_per_s"]), f"batches of {each['batch_size']}{lanes}")
+    table.add_row("all together", _rate(limit["images_per_s"]), f"{limit['program']}; most of it is {limit['bound_by']}")
+    bound = f"{run['share_of_limit']:.0%} of the limit, bound by {run['bound_by']}"
+    table.add_row("end to end", _rate(run["images_per_s"]), bound)
+    _print(table)
+    busy = ", ".join(f"{stage} {share:.0%}" for stage, share in run["busy"].items())
+    show_pairs([("busy", f"{busy} of their threads' time, end to end")])
+    batch = machinery["batch_size"]
+    table = _table("forward pass in", "ms an image", "ratio", f"peak memory for {batch}", "ratio")
+    for mode, row in machinery["modes"].items():
+        ratios = [f"{row[name]:.2f}" if name in row else "" for name in ("seconds_ratio", "memory_ratio")]
+        table.add_row(mode, f"{row['seconds_per_image'] * 1000:.2f}", ratios[0], size(row["peak_bytes"]), ratios[1])
+    for mode, reason in machinery["failed"].items():
+        table.add_row(mode, Text(f"failed: {reason}"))
+    _print(table)
+    show_pairs([("", ""), ("medians", f"of {report['rounds']} rounds and of {machinery['passes']} passes")])
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _print(table: Table) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160  # a pipe has none: lines are never broken there
+    console.print()
+    console.print(table)
 
 
 def show_pairs(rows: list[tuple[str, str]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, Literal, Self
 
@@ -51,7 +51,7 @@ def members(store: Store, shard: Shard, limit: Limit) -> Iterator[Member]:
         ShardError: damaged, cut off, or no archive.
         ShardChanged: it is no longer what was listed.
     """
-    position = 0
+    position: int | None = 0
     is_plain = shard.url.lower().endswith(".tar")
     if is_plain:
         position = yield from _plain_members(store.blocks(shard.files[0]), limit)
@@ -61,7 +61,7 @@ def members(store: Store, shard: Shard, limit: Limit) -> Iterator[Member]:
             yield from _any_members(file, shard, is_plain, limit)
 
 
-def _plain_members(blocks: Iterator[bytes], limit: Limit) -> Iterator[Member]:
+def _plain_members(blocks: Iterator[bytes], limit: Limit) -> Generator[Member, None, int | None]:
     """Members of an uncompressed archive for as long as they are plain files of plain size.
 
     `tarfile` holds the interpreter lock for longer over a header than a picture's decoding does; this takes a tenth. Whatever

@@ -150,7 +150,7 @@ def synthetic(num_rows: int, dim: int, *, hard: bool) -> tuple[NDArray[np.float3
     random = np.random.default_rng(0)
     targets_N = np.arange(num_rows) % NUM_CLASSES
     deviation_D = np.arange(1, dim + 1) ** -0.5 if hard else np.ones(dim)
-    centres_KD = random.standard_normal((NUM_CLASSES, dim)) * deviation_D * (0.12 if hard else 0.35)
+    centres_KD = random.standard_normal((NUM_CLASSES, dim)) * deviation_D * (0.07 if hard else 0.2)
     turned_DD, _ = np.linalg.qr(random.standard_normal((dim, dim)))
     noise_ND = random.standard_normal((num_rows, dim)) * deviation_D
     features_ND = (centres_KD[targets_N] + noise_ND) @ turned_DD + random.standard_normal(dim)

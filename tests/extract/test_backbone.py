@@ -142,7 +142,9 @@ def test_compiling_ahead_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len({each.path for each in [order, *others]}) == 4
 
 
-def test_what_cannot_be_compiled_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_compiled_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     built = make("python/models:untraceable", node="conv")
     order = optimize.Order(spec=built.spec, recipe_id=built.recipe.recipe_id, device="cpu", batch_size=4)

@@ -24,7 +24,24 @@ from pipeline.errors import SampleError
 from pipeline.extract import decode as decode_module
 from pipeline.extract.decode import Decoder
 
-SIZES = [(640, 480), (333, 501), (256, 256), (224, 900), (900, 224), (300, 257), (64, 48), (2000, 260), (17, 120)]
+SIZES = [
+    (640, 480),
+    (333, 501),
+    (256, 256),
+    (224, 900),
+    (900, 224),
+    (300, 257),
+    (64, 48),
+    (2000, 260),
+    (17, 120),
+    (320, 240),
+    (240, 320),
+    (282, 212),
+    (226, 170),
+    (300, 240),
+    (283, 256),
+    (256, 283),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
