@@ -53,7 +53,7 @@ SLOW_S, NUM_SLOW_ROUNDS, NUM_SLOW_PASSES = 2.0, 1, 3
 """Where one pass takes longer than this, there are fewer rounds and passes."""
 MAX_ENCODED_BYTES = 512 << 20
 """No more encoded images are held in memory."""
-MACHINERY_BATCH = {"cpu": 32, "cuda": 128}
+MACHINERY_BATCH = {"cpu": 16, "cuda": 128}
 MACHINERY = {
     "train mode, grad": (True, torch.enable_grad),
     "eval mode, grad": (False, torch.enable_grad),
@@ -74,12 +74,12 @@ def measure(settings: config.Config, num_images: int, note: Note) -> dict[str, A
         UserError: the config is wrong, or the source has no image that can be decoded.
         PipelineError: source or loop failed.
     """
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(1)  # every lane is a thread of its own
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     source = Source(settings.source)
     source.fields()
     note("reading the first images")
     first = _first_images(source, num_images)
+    torch.set_num_threads(1)  # every lane is a thread of its own
     note("building the model")
     limits = _Limits(settings, first.encoded, cores)
     note("trying programs and batch sizes")
@@ -95,7 +95,7 @@ def measure(settings: config.Config, num_images: int, note: Note) -> dict[str, A
             note(f"round {number} of {num_rounds}: storage, decoding, forward pass, and the loop end to end")
             limits.round(_read(source, first.shards, first.counts))
             limits.runs.append(child.ask())
-    machinery = _machinery(settings, limits, cores, note)
+    machinery = _machinery(settings, limits, note)
     return {
         "machine": {"device": limits.device, "name": _device_name(limits.device), "cores": cores, "torch": torch.__version__},
         "model": settings.backbone.model,
@@ -124,7 +124,7 @@ class _First(NamedTuple):
 
 
 def _first_images(source: Source, num_images: int) -> _First:
-    # Every shard has at least an image, or is one too many.
+    # As many shards as images: more are never needed, and a listing can be endless.
     shards = list(itertools.islice(source.shards(), num_images))
     counts, encoded, num_bytes = dict[str, int](), list[bytes](), 0
     reason = "they are empty"
@@ -146,6 +146,8 @@ def _first_images(source: Source, num_images: int) -> _First:
                 continue
             encoded.append(bytes(sample.image))
             num_bytes += len(encoded[-1])
+            if num_bytes > MAX_ENCODED_BYTES:
+                break
     if not encoded:
         raise SourceError(f"source.url: none of the first {sum(counts.values())} images can be decoded: {reason}")
     return _First([shard for shard in shards if shard.url in counts], counts, encoded)
@@ -409,7 +411,7 @@ def _in_lanes(steps: Sequence[Callable[[], object]]) -> float:
         return sum(threads.map(lane, steps))
 
 
-def _machinery(settings: config.Config, limits: _Limits, cores: int, note: Note) -> dict[str, Any]:
+def _machinery(settings: config.Config, limits: _Limits, note: Note) -> dict[str, Any]:
     """What gradients and train mode would cost: the eager model, a process for each mode, which alternate."""
     batch_size = MACHINERY_BATCH[limits.device] if settings.run.batch_size == "auto" else settings.run.batch_size
     pictures = limits.pictures_BHWC[:batch_size].numpy().tobytes()
@@ -417,10 +419,7 @@ def _machinery(settings: config.Config, limits: _Limits, cores: int, note: Note)
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         note("what training machinery would cost: a process for each mode")
-        jobs = {
-            mode: _Machinery(settings=settings, device=limits.device, mode=mode, pictures=pictures, num_threads=cores)
-            for mode in MACHINERY
-        }
+        jobs = {mode: _Machinery(settings=settings, device=limits.device, mode=mode, pictures=pictures) for mode in MACHINERY}
         children = {mode: stack.enter_context(_Child(job)) for mode, job in jobs.items()}
         num_passes, number = NUM_PASSES, 0
         while number <= num_passes:
@@ -444,7 +443,7 @@ def _machinery(settings: config.Config, limits: _Limits, cores: int, note: Note)
     for row in rows.values() if least else ():
         row |= {"seconds_ratio": row["seconds_per_image"] / least["seconds_per_image"]}  # type: ignore[index]
         row |= {"memory_ratio": row["peak_bytes"] / least["peak_bytes"]}  # type: ignore[index]
-    return {"batch_size": batch_size, "passes": num_passes, "threads": cores, "modes": rows, "failed": failed}
+    return {"batch_size": batch_size, "passes": num_passes, "threads": 1, "modes": rows, "failed": failed}
 
 
 # Child processes
@@ -474,9 +473,10 @@ class _Loop:
         settings = self.settings
         backbone = _Clocked(_spec(settings, fold=settings.run.optimize != "none"), self.device)
         work = loop.Settings(decode=settings.decode, batch_sizes=(self.batch_size,), num_workers=self.num_workers)
-        # What is filling and draining at either end does not count; the window between has at least twice as many passes.
-        num_ignored = max(2, self.num_workers) if self.device == "cpu" else 4
-        num_wanted = max(self.num_wanted, 4 * num_ignored * self.batch_size)
+        # A turn is a pass in every lane: lanes tend to finish together, so only whole turns tell a rate. The first and the last,
+        # when lanes fill and run empty, do not count.
+        turn = self.num_workers if self.device == "cpu" else 4
+        num_wanted = max(self.num_wanted, 6 * turn * self.batch_size)
         source = _Source(settings.source, _cut(self.counts, num_wanted))
         shards = [shard for shard in self.shards if shard.url in source.counts]
         rounds = -(-num_wanted // sum(source.counts.values()))
@@ -497,14 +497,18 @@ class _Loop:
                 seconds = time.perf_counter() - start
                 running.close()  # only now has the last waiting been counted
                 taken = running.stages.take()
-            window = sorted(backbone.finished)[num_ignored:-num_ignored]
+            finished = sorted(backbone.finished)[turn - 1 :]
+            passes = (len(finished) - 1 - turn) // turn * turn
             yield {
-                "images_per_s": (len(window) - 1) * self.batch_size / (window[-1] - window[0]),
+                # Where most images cannot be decoded, passes are too few.
+                "images_per_s": passes * self.batch_size / (finished[passes] - finished[0])
+                if passes > 0
+                else num_images / seconds,
                 "images": num_images,
                 "seconds": seconds,
                 "busy": metrics.busy(taken),
                 "bound_by": metrics.bound_by(taken),
-                "program": self.program,
+                "program": self.program if self.program == optimize.COMPILED else backbone.program,
                 "batch_size": self.batch_size,
             }
 
@@ -553,11 +557,10 @@ class _Machinery:
     device: str
     mode: str
     pictures: bytes
-    num_threads: int
 
     def results(self) -> Iterator[dict[str, Any]]:
         """Seconds of a pass, and the highest bytes so far above what the process held once the model was built."""
-        torch.set_num_threads(self.num_threads)
+        torch.set_num_threads(1)  # threads that wait for each other measure what else the machine does
         backbone, is_cuda = self.settings.backbone, self.device == "cuda"
         model, preprocess = build(backbone)
         program = Program(cut(freeze(model), backbone.nodes), backbone.nodes, preprocess, self.settings.run.precision)
@@ -569,6 +572,9 @@ class _Machinery:
         with contextlib.suppress(AttributeError):  # what that left free would hide as much of what is measured; glibc only
             ctypes.CDLL(None).malloc_trim(0)
         program.train(trains).requires_grad_(context is torch.enable_grad)
+        if is_cuda:
+            torch.backends.cudnn.allow_tf32 = self.settings.run.precision == "tf32"
+            torch.cuda.reset_peak_memory_stats()
         least = torch.cuda.memory_allocated() if is_cuda else _resident_bytes()
         while True:
             start = time.perf_counter()

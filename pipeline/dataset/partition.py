@@ -27,6 +27,8 @@ from pipeline.storage import FileStat, Store, join
 DATA_FOLDER = "data"
 ROW_GROUP_BYTES = 16 << 20
 """Of embeddings, before encoding: what a writer holds, and what a reader gets in one piece."""
+MAX_ROWS_PER_GROUP = 8192
+"""What else belongs to a row takes a kilobyte while it waits."""
 MAX_FOOTER_QUARANTINE_BYTES = 1 << 20
 """Beyond it the quarantine goes into a sibling file."""
 
@@ -179,8 +181,8 @@ def list_values(column: pa.ChunkedArray) -> NDArray[np.float32]:
 
 
 def rows_per_group(recipe: Recipe) -> int:
-    """Rows that make up `ROW_GROUP_BYTES` of embeddings."""
-    return max(1, ROW_GROUP_BYTES // (4 * sum(recipe.widths.values())))
+    """Rows that make up `ROW_GROUP_BYTES` of embeddings, and no more than `MAX_ROWS_PER_GROUP`."""
+    return max(1, min(MAX_ROWS_PER_GROUP, ROW_GROUP_BYTES // (4 * sum(recipe.widths.values()))))
 
 
 def footer(target: Target, partition: Partition, quarantine: Sequence[Quarantined]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,12 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
 
 SCRATCH_BYTES = 48 << 20
 """Decoded pixels up to this size are written into memory that is used again; larger ones get memory of their own."""
+MAX_FITS = 256
+"""Sizes of pictures whose resize is remembered: a kilobyte each."""
 MAX_ASPECT = 8
 """Beyond it only the part of the picture that the crop shows is resized: the whole would not fit into memory."""
 _JUNK = re.compile(r"(\d+) extraneous bytes before marker 0x(..)")
+_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _HEADER_MARKERS = frozenset([0xC0, 0xC1, 0xC2, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE])
 
 # PIL warns of odd metadata, for each odd value anew. Once here: `warnings.catch_warnings` is not safe between threads.
@@ -55,8 +59,12 @@ class Decoder:
 
     def __init__(self, preprocess: Preprocess, *, fast: bool, max_pixels: int) -> None:
         self._preprocess, self._fast, self._max_pixels = preprocess, fast, max_pixels
+        # Memory that is used again: blocks of this size that are freed between small ones that live on make glibc's heap grow
+        # with every image. (250 kB each: 16 GB after 34,000.)
         self._scratch: NDArray[np.uint8] = np.empty(0, np.uint8)
         self._resized = torch.empty(0, dtype=torch.uint8)
+        self._fits: dict[tuple[Any, ...], _Fit] = {}
+        """By size of pixels and original, for pixels in the scratch memory."""
 
     def __call__(self, data: bytes | memoryview, slot_HWC: torch.Tensor) -> tuple[int, int]:
         """Fill `slot_HWC` (crop, crop, 3) uint8 with the picture.
@@ -72,8 +80,8 @@ class Decoder:
         if data[:3] == b"\xff\xd8\xff":
             picture = self._jpeg(data)
             if picture is not None:
-                pixels_HWC, width, height = picture
-                self._fit(pixels_HWC, width, height, slot_HWC)
+                pixels_HWC, width, height, in_scratch = picture
+                self._fill(slot_HWC, pixels_HWC, width, height, in_scratch)
                 return width, height
         try:
             image = self._pil(data)
@@ -84,17 +92,19 @@ class Decoder:
         except Exception as error:  # a damaged file can make PIL's decoders raise nearly anything
             name = "Truncated" if "truncated" in str(error).lower() else "Corrupt"
             raise SampleError("decode", name, f"cannot be decoded: {type(error).__name__}: {error}") from None
-        self._fit(np.asarray(image), image.width, image.height, slot_HWC)
+        self._fill(slot_HWC, np.asarray(image), image.width, image.height)
         return image.size
 
-    def _jpeg(self, data: bytes | memoryview) -> tuple[NDArray[np.uint8], int, int] | None:
-        """Upright pixels (H, W, 3) and the original's width and height; None where PIL has to decide."""
-        try:
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        except ValueError:
+    def _jpeg(self, data: bytes | memoryview) -> tuple[NDArray[np.uint8], int, int, bool] | None:
+        """Upright pixels (H, W, 3), the original's width and height, and whether they lie in the scratch memory.
+
+        None where PIL has to decide.
+        """
+        header = _header(data)
+        if header is None:
             return None
+        width, height, is_rgb, may_be_turned = header
         self._check_size(width, height)
-        is_rgb = colorspace in ("YCbCr", "Gray", "RGB")
         arguments: dict[str, Any] = {}
         if self._fast:
             # At least twice the target is kept on both sides, so antialiasing still has pixels to average. Halves only: between
@@ -106,14 +116,16 @@ class Decoder:
         if is_rgb and (num_bytes := width * height * 3) <= SCRATCH_BYTES:
             if self._scratch.size < num_bytes:
                 self._scratch = np.empty(num_bytes, np.uint8)
+                self._fits.clear()
             arguments["buffer"] = self._scratch
         pixels_HWC = _strict(data, "RGB" if is_rgb else "CMYK", arguments)
         if pixels_HWC is None or not is_rgb:  # PIL knows how to print four inks; whether they are damaged was seen here
             return None
-        orientation = _orientation(data)
+        if not may_be_turned or (orientation := _orientation(data)) == 1:
+            return pixels_HWC, width, height, "buffer" in arguments
         if orientation in (5, 6, 7, 8):
             width, height = height, width
-        return _upright(pixels_HWC, orientation), width, height
+        return _upright(pixels_HWC, orientation), width, height, False
 
     def _pil(self, data: bytes | memoryview) -> Image.Image:
         """The upright RGB picture through PIL."""
@@ -128,39 +140,75 @@ class Decoder:
                 "decode", "TooManyPixels", f"{width} x {height} pixels are more than source.max_pixels = {self._max_pixels}"
             )
 
-    def _fit(self, pixels_HWC: NDArray[np.uint8], width: int, height: int, slot_HWC: torch.Tensor) -> None:
+    def _fill(
+        self, slot_HWC: torch.Tensor, pixels_HWC: NDArray[np.uint8], width: int, height: int, in_scratch: bool = False
+    ) -> None:
         """Resize the shorter side and take the centre, as torchvision's Resize and CenterCrop do.
 
         `width` and `height` are the original's; after a reduced decode the pixels are fewer.
         """
-        size, crop = self._preprocess.resize, self._preprocess.crop
-        short, long = min(width, height), max(width, height)
-        scaled = int(size * long / short)
-        new_width, new_height = (size, scaled) if width <= height else (scaled, size)
-        top, left = round((new_height - crop) / 2), round((new_width - crop) / 2)
-        if scaled > MAX_ASPECT * size:
-            scale_x, scale_y = pixels_HWC.shape[1] / new_width, pixels_HWC.shape[0] / new_height
-            box = (left * scale_x, top * scale_y, (left + crop) * scale_x, (top + crop) * scale_y)
-            fitted = Image.fromarray(pixels_HWC).resize((crop, crop), _PIL_RESIZE[self._preprocess.interpolation], box=box)
-            slot_HWC.copy_(torch.from_numpy(np.array(fitted)))
-            return
+        key = (pixels_HWC.shape, width, height)
+        fit = self._fits.get(key) if in_scratch else None
+        if fit is None:
+            size = self._preprocess.resize
+            if int(size * max(width, height) / min(width, height)) > MAX_ASPECT * size:
+                self._fill_from_strip(slot_HWC, pixels_HWC, width, height)
+                return
+            fit = self._new_fit(pixels_HWC, width, height)
+            if in_scratch and len(self._fits) < MAX_FITS:
+                self._fits[key] = fit
+        resize = _RESIZE[self._preprocess.interpolation]
+        resize(fit.image_1CHW, fit.size, False, *fit.scale, out=fit.resized_1CHW)
+        slot_HWC.copy_(fit.crop_HWC)
+
+    def _new_fit(self, pixels_HWC: NDArray[np.uint8], width: int, height: int) -> _Fit:
+        new_width, new_height, top, left = self._geometry(width, height)
         if not (pixels_HWC.flags.c_contiguous and pixels_HWC.flags.writeable):
             pixels_HWC = np.array(pixels_HWC, order="C")
-        # The uint8 kernel is fast only for this strided layout (0.6 ms against 2 ms for 500 x 375). `as_strided` says in one
-        # call, under the interpreter lock, what permute, unsqueeze and slices say in several.
         height, width, _ = pixels_HWC.shape  # after a reduced decode fewer than the original's
-        image_1CHW = torch.from_numpy(pixels_HWC).as_strided((1, 3, height, width), (3 * height * width, 1, 3 * width, 3))
-        # What lies right of and below the crop is not computed; the scale is that of the whole. The memory is used again: freed
-        # blocks of this size, between small ones that live on, make glibc's heap grow with every image.
-        # (A side of equal length in and out would not be resized at all, whatever the scale: it gets a line more.)
+        # What lies right of and below the crop is not computed; the scale is that of the whole. (A side of equal length in and
+        # out would not be resized at all, whatever the scale: it gets a line more.)
+        crop = self._preprocess.crop
         bottom = top + crop + (top + crop == height != new_height)
         right = left + crop + (left + crop == width != new_width)
         if self._resized.numel() < bottom * right * 3:
             self._resized = torch.empty(bottom * right * 3, dtype=torch.uint8)
-        resized_1CHW = self._resized.as_strided((1, 3, bottom, right), (3 * bottom * right, 1, 3 * right, 3))
-        scale = new_height / height, new_width / width
-        _RESIZE[self._preprocess.interpolation](image_1CHW, [bottom, right], False, *scale, out=resized_1CHW)
-        slot_HWC.copy_(self._resized.as_strided((crop, crop, 3), (3 * right, 3, 1), 3 * (top * right + left)))
+            self._fits.clear()
+        # The uint8 kernel is fast only for this strided layout (0.6 ms against 2 ms for 500 x 375).
+        return _Fit(
+            image_1CHW=torch.from_numpy(pixels_HWC).as_strided((1, 3, height, width), (3 * height * width, 1, 3 * width, 3)),
+            size=[bottom, right],
+            scale=(new_height / height, new_width / width),
+            resized_1CHW=self._resized.as_strided((1, 3, bottom, right), (3 * bottom * right, 1, 3 * right, 3)),
+            crop_HWC=self._resized.as_strided((crop, crop, 3), (3 * right, 3, 1), 3 * (top * right + left)),
+        )
+
+    def _fill_from_strip(self, slot_HWC: torch.Tensor, pixels_HWC: NDArray[np.uint8], width: int, height: int) -> None:
+        """The same for a picture whose whole would not fit into memory once its shorter side has the target's length."""
+        new_width, new_height, top, left = self._geometry(width, height)
+        crop = self._preprocess.crop
+        scale_x, scale_y = pixels_HWC.shape[1] / new_width, pixels_HWC.shape[0] / new_height
+        box = (left * scale_x, top * scale_y, (left + crop) * scale_x, (top + crop) * scale_y)
+        fitted = Image.fromarray(pixels_HWC).resize((crop, crop), _PIL_RESIZE[self._preprocess.interpolation], box=box)
+        slot_HWC.copy_(torch.from_numpy(np.array(fitted)))
+
+    def _geometry(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Width and height after the resize, top and left of the crop in it."""
+        size, crop = self._preprocess.resize, self._preprocess.crop
+        scaled = int(size * max(width, height) / min(width, height))
+        new_width, new_height = (size, scaled) if width <= height else (scaled, size)
+        return new_width, new_height, round((new_height - crop) / 2), round((new_width - crop) / 2)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Fit:
+    """A resize and crop with its tensors made. Most pictures of a source have few sizes, and need them once."""
+
+    image_1CHW: torch.Tensor
+    size: list[int]
+    scale: tuple[float, float]
+    resized_1CHW: torch.Tensor
+    crop_HWC: torch.Tensor
 
 
 def _strict(encoded: bytes | memoryview, colorspace: str, arguments: dict[str, Any]) -> NDArray[np.uint8] | None:
@@ -241,18 +289,35 @@ def _exif_orientation(image: Image.Image) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
-def _orientation(data: bytes | memoryview) -> int:
-    """Orientation (1 to 8) of a JPEG; PIL parses it only where a header segment holds EXIF, or XMP that names one."""
-    position, end = 2, len(data) - 4
+def _header(data: bytes | memoryview) -> tuple[int, int, bool, bool] | None:
+    """Width, height, whether it is no four-ink picture, and whether a segment names an orientation; None where it is damaged.
+
+    libjpeg-turbo's own would be a second call, and says nothing of EXIF.
+    """
+    position, end = 2, len(data) - 10
+    width = height = num_components = 0
+    may_be_turned = False
     while position <= end and data[position] == 0xFF:
         marker, num_bytes = data[position + 1], data[position + 2] << 8 | data[position + 3]
         if marker == 0xDA:  # entropy data from here on
-            return 1
-        if marker == 0xE1:
+            return (width, height, num_components != 4, may_be_turned) if width and height else None
+        if marker in _FRAMES and not num_components:
+            height = data[position + 5] << 8 | data[position + 6]
+            width = data[position + 7] << 8 | data[position + 8]
+            num_components = data[position + 9]
+        elif marker == 0xE1:
             segment = bytes(data[position + 4 : position + 2 + num_bytes])
-            if segment.startswith(b"Exif\0\0") or b"tiff:Orientation" in segment:
-                break
+            may_be_turned = may_be_turned or segment.startswith(b"Exif\0\0") or b"tiff:Orientation" in segment
         position += 2 + num_bytes if marker != 0xFF else 1
+    try:  # bytes between segments, which libjpeg-turbo skips
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return width, height, colorspace in ("YCbCr", "Gray", "RGB"), True
+
+
+def _orientation(data: bytes | memoryview) -> int:
+    """Orientation (1 to 8) of a JPEG that PIL finds in its EXIF or XMP."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             return _exif_orientation(image)

@@ -10,13 +10,12 @@ In: shards. Out: one published partition a shard. Nothing here knows a container
 Batches are packed across shard borders. The worker that fills the last slot of a batch launches its forward pass: on a CPU
 that runs there and then, so every core is a lane of its own; on a GPU it is only queued, and the worker goes on decoding.
 A batch that nothing will fill any more is launched as it is. Memory is bounded by the number of batches, the bytes of
-encoded images in `MAX_QUEUED_BYTES`, one row group for each open partition, and 100 bytes for each key of an open shard.
+encoded images in a budget of bytes, one row group for each open partition, and 100 bytes for each key of an open shard.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import logging
 import queue
@@ -24,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,23 +31,25 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.dataset import partition
-from pipeline.dataset.partition import Partition, PartitionWriter, Quarantined, Target
-from pipeline.errors import GuardError, SampleError
+from pipeline.dataset.partition import Partition, Quarantined, Target
+from pipeline.errors import SampleError
 from pipeline.extract.backbone import Backbone, Pass
 from pipeline.extract.batches import Batch, Batches, ByteBudget
-from pipeline.extract.carry import NOTHING_KNOWN, CarriedRows, KnownRows, Place, Task, known_rows
+from pipeline.extract.carry import NOTHING_KNOWN, CarriedRows, KnownRows, Task, known_rows
 from pipeline.extract.decode import Decoder
+from pipeline.extract.rows import OpenShard, Row, columns
 from pipeline.extract.tune import Tuner, Way
 from pipeline.metrics import Stages
-from pipeline.source import Sample, Shard, Source
-from pipeline.storage import join
+from pipeline.source import Sample, Source
 
 logger = logging.getLogger(__name__)
 
 CHUNK_SAMPLES = 8
 """Samples handed to a worker at a time: fewer hand-overs, still many chunks in a batch."""
-MAX_QUEUED_BYTES = 128 << 20
+QUEUED_BYTES, QUEUED_BYTES_PER_WORKER = 32 << 20, 8 << 20
 """Encoded images between fetchers and workers."""
+LARGE_IMAGE_BYTES = 2 << 20
+"""An image of this size is handed over alone."""
 NUM_FETCHERS = 2
 """While one waits for a store's first byte the other reads."""
 NUM_WRITERS = 2
@@ -77,9 +78,9 @@ class Loop:
         self._source, self._backbone, self._target, self._settings = source, backbone, target, settings
         self._rows_per_group = partition.rows_per_group(backbone.recipe)
 
-        self._shards: queue.SimpleQueue[_Open | None] = queue.SimpleQueue()
-        self._samples: queue.SimpleQueue[tuple[_Open, list[Sample]] | None] = queue.SimpleQueue()
-        self._budget = ByteBudget(MAX_QUEUED_BYTES)
+        self._shards: queue.SimpleQueue[OpenShard | None] = queue.SimpleQueue()
+        self._samples: queue.SimpleQueue[tuple[OpenShard, list[Sample]] | None] = queue.SimpleQueue()
+        self._budget = ByteBudget(QUEUED_BYTES + settings.num_workers * QUEUED_BYTES_PER_WORKER)
         self._results: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.tuner = Tuner([Way(backbone.program, size) for size in settings.batch_sizes])
         # What is computed (on a CPU one a worker, on a GPU one that is copied and one that runs), one that is being filled, one
@@ -91,7 +92,7 @@ class Loop:
         self._carried_rows = [CarriedRows(target) for _ in self._writing]
 
         self._lock = threading.Lock()
-        self._open: set[_Open] = set()
+        self._open: set[OpenShard] = set()
         self._num_opened = 0
         self.first_batch_at: float | None = None
         """Seconds since the epoch when the first batch had been embedded."""
@@ -113,7 +114,7 @@ class Loop:
     def submit(self, task: Task) -> Future[Partition]:
         """Extract one shard. The future has its partition, or the error that the shard failed with."""
         with self._lock:
-            opened = _Open(task.shard, task.previous, self._num_opened % NUM_WRITERS)
+            opened = OpenShard(task.shard, task.previous, self._num_opened % NUM_WRITERS)
             self._open.add(opened)
             self._num_opened += 1
             self._num_unread += 1
@@ -165,7 +166,7 @@ class Loop:
                 self._num_unread -= 1
             self._launch_rest()
 
-    def _hand_over(self, opened: _Open, chunk: list[Sample]) -> None:
+    def _hand_over(self, opened: OpenShard, chunk: list[Sample]) -> None:
         num_bytes = sum(len(sample.image) for sample in chunk)
         with self._lock:
             self._num_undecided += len(chunk)
@@ -208,7 +209,7 @@ class Loop:
                 self._num_undecided -= len(chunk)
             self._launch_rest()
 
-    def _recognise(self, opened: _Open, chunk: list[Sample]) -> list[_Row]:
+    def _recognise(self, opened: OpenShard, chunk: list[Sample]) -> list[Row]:
         """Hash what was read; the rows that have to be computed. Errors and known rows go on from here."""
         unknown = []
         known = [rows for rows in (opened.known, self._known) if len(rows)]
@@ -219,14 +220,14 @@ class Loop:
             content_hash = hashlib.sha256(sample.image).hexdigest()[:32]
             place = next((found for rows in known if (found := rows.find(content_hash))), None) if known else None
             if place is None:
-                unknown.append(_Row(opened, sample, content_hash))
+                unknown.append(Row(opened, sample, content_hash))
             else:
                 sample.image = b""
-                row = _Row(opened, sample, content_hash, place.width, place.height, place)
+                row = Row(opened, sample, content_hash, place.width, place.height, place)
                 self._results.put(lambda row=row: self._carried(row))  # type: ignore[misc]
         return unknown
 
-    def _decode(self, decoder: Decoder, opened: _Open, rows: list[_Row], slots: list[tuple[Batch, int]]) -> None:
+    def _decode(self, decoder: Decoder, opened: OpenShard, rows: list[Row], slots: list[tuple[Batch, int]]) -> None:
         """Give every row its picture in a batch, or an error."""
         for row, (batch, slot) in zip(rows, slots, strict=True):
             try:
@@ -238,7 +239,7 @@ class Loop:
                 self._refuse(opened, row.sample, SampleError("decode", type(error).__name__, f"cannot be decoded: {error}"))
             row.sample.image = b""
 
-    def _refuse(self, opened: _Open, sample: Sample, error: SampleError) -> None:
+    def _refuse(self, opened: OpenShard, sample: Sample, error: SampleError) -> None:
         sample.image = b""
         self._results.put(lambda: self._quarantine(opened, sample, error))
 
@@ -305,7 +306,7 @@ class Loop:
             self.stages.add("device", seconds)
         self.first_batch_at = self.first_batch_at or time.time()
         finite_B = np.logical_and.reduce([np.isfinite(values_BD).all(axis=1) for values_BD in outputs.values()])
-        touched: dict[_Open, None] = {}
+        touched: dict[OpenShard, None] = {}
         for slot, row in enumerate(batch.rows):
             if row is None or row.opened.closed:
                 continue
@@ -320,13 +321,13 @@ class Loop:
         for opened in touched:
             self._flush(opened)
 
-    def _carried(self, row: _Row) -> None:
+    def _carried(self, row: Row) -> None:
         if not row.opened.closed:
             row.opened.rows[row.sample.index] = row
             row.opened.num_carried_over += 1
             self._flush(row.opened)
 
-    def _quarantine(self, opened: _Open, sample: Sample, error: SampleError) -> None:
+    def _quarantine(self, opened: OpenShard, sample: Sample, error: SampleError) -> None:
         if opened.closed:
             return
         opened.quarantine.append(
@@ -338,11 +339,11 @@ class Loop:
         opened.rows[sample.index] = None
         self._flush(opened)
 
-    def _end(self, opened: _Open, num_read: int) -> None:
+    def _end(self, opened: OpenShard, num_read: int) -> None:
         opened.num_read = num_read
         self._flush(opened)
 
-    def _flush(self, opened: _Open) -> None:
+    def _flush(self, opened: OpenShard) -> None:
         """Hand the rows that are complete and in order to the writer; the rest when the shard is complete."""
         opened.collect()
         if len(opened.rows) > MAX_WAITING_ROWS and (batch := self._batches.seal()) is not None:
@@ -354,12 +355,12 @@ class Loop:
             opened.closed = True
             self._in_writer(opened, lambda: self._publish(opened))
 
-    def _fail(self, opened: _Open, error: BaseException) -> None:
+    def _fail(self, opened: OpenShard, error: BaseException) -> None:
         """Give a shard up, after what its writer is doing with it."""
         opened.closed = True
         self._in_writer(opened, lambda: self._finish(opened, error))
 
-    def _in_writer(self, opened: _Open, job: Callable[[], None]) -> None:
+    def _in_writer(self, opened: OpenShard, job: Callable[[], None]) -> None:
         def guarded() -> None:
             if not opened.future.done():
                 try:
@@ -371,25 +372,26 @@ class Loop:
 
     # Jobs of a writer
 
-    def _write_group(self, opened: _Open, group: Sequence[_Row]) -> None:
+    def _write_group(self, opened: OpenShard, group: Sequence[Row]) -> None:
         if opened.writer is None:
             opened.start(self._target)
         assert opened.writer is not None, "start() made it"
         for row in group:
             if row.place is not None:
                 row.embeddings = self._carried_rows[opened.writer_number].read(row.place)
-        opened.writer.write(*_columns(opened.shard.url, group, self._target))
+        opened.writer.write(*columns(opened.shard.url, group, self._target))
 
-    def _publish(self, opened: _Open) -> None:
-        if opened.ordered or opened.writer is None:
-            self._write_group(opened, opened.ordered)
+    def _publish(self, opened: OpenShard) -> None:
+        rest, opened.ordered = opened.ordered, []  # rows know their shard: left in it they would wait for the cycle collector
+        if rest or opened.writer is None:
+            self._write_group(opened, rest)
         # Before anyone can see the partition: whatever this model did to itself, no row of it gets out.
         self._backbone.check_frozen()
         self._finish(opened, opened.publish(self._target))
 
     # Ends
 
-    def _finish(self, opened: _Open, result: Partition | BaseException) -> None:
+    def _finish(self, opened: OpenShard, result: Partition | BaseException) -> None:
         with self._lock:
             self._open.discard(opened)
         opened.closed = True
@@ -412,89 +414,6 @@ class Loop:
                 self._finish(each, error)
 
 
-@dataclass(slots=True)
-class _Row:
-    """A sample on its way to its partition."""
-
-    opened: _Open
-    sample: Sample
-    content_hash: str
-    width: int = 0
-    height: int = 0
-    place: Place | None = None
-    """Where its embeddings lie already."""
-    embeddings: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-    """Column to (D,) float32."""
-
-
-@dataclass(eq=False)
-class _Open:
-    """A shard that is being extracted."""
-
-    shard: Shard
-    previous: str | None
-    writer_number: int
-    future: Future[Partition] = field(default_factory=Future)
-    known: KnownRows = NOTHING_KNOWN
-    rows: dict[int, _Row | None] = field(default_factory=dict)
-    """By index, until all before it are there; None where the sample is in quarantine."""
-    ordered: list[_Row] = field(default_factory=list)
-    quarantine: list[Quarantined] = field(default_factory=list)
-    num_carried_over: int = 0
-    next_index: int = 0
-    num_read: int | None = None
-    closed: bool = False
-    writer: PartitionWriter | None = None
-    path: str = ""
-    _upload: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    _file: Any = None
-
-    def collect(self) -> None:
-        """Move the rows that continue the order."""
-        while self.next_index in self.rows:
-            row = self.rows.pop(self.next_index)
-            self.next_index += 1
-            if row is not None:
-                self.ordered.append(row)
-
-    def start(self, target: Target) -> None:
-        """Open the file that nobody sees yet."""
-        self.path = partition.new_path(target.identity(self.shard.url, self.shard.fingerprint))
-        self._file = self._upload.enter_context(target.store.publish(join(target.url, self.path)))
-        self.writer = PartitionWriter(self._file, target.schema, rounded=target.recipe.rounded)
-
-    def publish(self, target: Target) -> Partition:
-        """Write the footer and make the file visible."""
-        assert self.writer is not None and self.num_read is not None, "all rows were written"
-        finished = Partition(
-            path=self.path,
-            num_bytes=0,
-            shard=self.shard.url,
-            fingerprint=self.shard.fingerprint,
-            recipe_id=target.recipe.recipe_id,
-            layout_id=target.layout.layout_id,
-            num_rows=self.writer.num_rows,
-            num_read=self.num_read,
-            num_embedded=self.writer.num_rows - self.num_carried_over,
-            num_carried_over=self.num_carried_over,
-            num_quarantined=len(self.quarantine),
-        )
-        if not finished.reconciles:
-            raise GuardError(f"{self.shard.url}: {finished.num_read} samples were read, but {finished} accounts for others")
-        self.quarantine.sort(key=lambda row: row.index)
-        self.writer.close(partition.footer(target, finished, self.quarantine))
-        num_bytes = self._file.tell()
-        self._upload.close()
-        return dataclasses.replace(finished, num_bytes=num_bytes)
-
-    def abort(self) -> None:
-        """Leave nothing visible behind."""
-        self.rows.clear()
-        self.ordered.clear()
-        with contextlib.suppress(_Abandoned), self._upload:
-            raise _Abandoned
-
-
 def _next_chunk(samples: Iterator[Sample], seen: set[int]) -> list[Sample]:
     """Up to `CHUNK_SAMPLES`, fewer where they are large; none at the end. `seen` holds the hashes of the keys so far."""
     chunk: list[Sample] = []
@@ -504,38 +423,6 @@ def _next_chunk(samples: Iterator[Sample], seen: set[int]) -> list[Sample]:
             sample.error = SampleError("read", "DuplicateKey", "the shard has an earlier sample of this key")
         seen.add(key)
         chunk.append(sample)
-        if len(chunk) == CHUNK_SAMPLES or len(sample.image) > MAX_QUEUED_BYTES // 64:
+        if len(chunk) == CHUNK_SAMPLES or len(sample.image) > LARGE_IMAGE_BYTES:
             break
     return chunk
-
-
-class _Abandoned(Exception):
-    """Makes `Store.publish` discard what it has."""
-
-
-def _columns(
-    shard_url: str, group: Sequence[_Row], target: Target
-) -> tuple[dict[str, list[Any]], dict[str, NDArray[np.float32]]]:
-    """Rows as columns: values by name, and (N, D) float32 by embedding column."""
-    samples = [row.sample for row in group]
-    columns: dict[str, list[Any]] = {
-        "key": [sample.key for sample in samples],
-        "shard": [shard_url] * len(group),
-        "index": [sample.index for sample in samples],
-        "url": [sample.url for sample in samples],
-        "offset": [sample.offset for sample in samples],
-        "nbytes": [sample.nbytes for sample in samples],
-        "content_hash": [row.content_hash for row in group],
-        "width": [row.width for row in group],
-        "height": [row.height for row in group],
-    }
-    widths = target.recipe.widths
-    for name in target.schema.names:
-        if name not in columns and name not in widths:
-            columns[name] = [sample.columns.get(name) for sample in samples]
-    embeddings = {}
-    for name, width in widths.items():
-        embeddings[name] = np.empty((len(group), width), np.float32)
-        for position, row in enumerate(group):
-            embeddings[name][position] = row.embeddings[name]
-    return columns, embeddings
