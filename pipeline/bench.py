@@ -352,7 +352,7 @@ class _Limits:
             order = _order(backbone, best_size)
             made = [order] if optimize.compiled(order) else []
         for order in made:
-            compiled = optimize.load(order.path, self._lanes)
+            compiled = optimize.load(order.path, list(backbone.recipe.widths), self._lanes)
             if backbone.adopt(order.batch_size, compiled):
                 pictures_BHWC = self.pictures_BHWC[: order.batch_size].to(self.device)
 
@@ -437,7 +437,8 @@ def _machinery(settings: config.Config, limits: _Limits, note: Note) -> dict[str
         if mode not in failed:
             rows[mode] = {
                 "seconds_per_image": statistics.median(each["seconds"] for each in taken[1:]) / batch_size,
-                "peak_bytes": max(LEAST_BYTES, taken[-1]["peak_bytes"]),
+                # Of the first pass: later on, what the allocator has not given back lies beside what is in use.
+                "peak_bytes": max(LEAST_BYTES, taken[0]["peak_bytes"]),
             }
     least = rows.get("eval mode, inference_mode")
     for row in rows.values() if least else ():
@@ -473,8 +474,8 @@ class _Loop:
         settings = self.settings
         backbone = _Clocked(_spec(settings, fold=settings.run.optimize != "none"), self.device)
         work = loop.Settings(decode=settings.decode, batch_sizes=(self.batch_size,), num_workers=self.num_workers)
-        # A turn is a pass in every lane: lanes tend to finish together, so only whole turns tell a rate. The first and the last,
-        # when lanes fill and run empty, do not count.
+        # A turn is a pass in every lane. Lanes tend to finish together, so only whole turns tell a rate; the first and last
+        # ones, when lanes fill and run empty, do not count.
         turn = self.num_workers if self.device == "cpu" else 4
         num_wanted = max(self.num_wanted, 6 * turn * self.batch_size)
         source = _Source(settings.source, _cut(self.counts, num_wanted))
@@ -482,7 +483,10 @@ class _Loop:
         rounds = -(-num_wanted // sum(source.counts.values()))
         backbone.launch(_pictures(self.pictures, backbone.preprocess)[: self.batch_size]).wait()
         if self.program == optimize.COMPILED:
-            backbone.adopt(self.batch_size, optimize.load(_order(backbone, self.batch_size).path, self.num_workers))
+            backbone.adopt(
+                self.batch_size,
+                optimize.load(_order(backbone, self.batch_size).path, list(backbone.recipe.widths), self.num_workers),
+            )
         layout, schema = source.layout(), partition.schema(backbone.recipe, source.fields())
         while True:
             backbone.finished.clear()

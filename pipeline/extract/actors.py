@@ -172,30 +172,31 @@ class Extractor:
         from pipeline.extract.tune import Way
 
         tuner, device = loop.tuner, backbone.device.type
-        while not tuner.wait(POLL_S) or not tuner.seconds_per_image:
-            time.sleep(0.1)  # until batches were computed, there is nothing to go by
-        best = tuner.best.batch_size
-        orders = [
-            optimize.Order(spec=backbone.spec, recipe_id=backbone.recipe.recipe_id, device=device, batch_size=size)
-            for size in dict.fromkeys([best, *sizes])
-        ]
-        order = next((order for order in orders if order.path.exists()), orders[0])
-        if mode == "auto" and not order.path.exists():
-            images = loop.num_fetched / max(1, loop.num_bytes_fetched) * (num_bytes - loop.num_bytes_fetched)
-            seconds = images * tuner.seconds_per_image / (num_lanes if device == "cpu" else 1)
-            if not optimize.is_worth_compiling(seconds):
-                self._why = f"{max(0.0, seconds):.0f} s of forward passes were ahead, too few to compile for"
-                return
-        path = optimize.compiled(order)
-        if path is None or not backbone.adopt(order.batch_size, optimize.load(path, num_lanes)):
+
+        def order(batch_size: int) -> optimize.Order:
+            return optimize.Order(spec=backbone.spec, recipe_id=backbone.recipe.recipe_id, device=device, batch_size=batch_size)
+
+        backbone.has_pictures.wait()
+        found = next((size for size in sizes if order(size).path.exists()), None)
+        if found is None:
+            while not (tuner.wait(POLL_S) and tuner.seconds_per_image):
+                time.sleep(0.1)  # a single way is the best before it was measured
+            if mode == "auto":
+                images = loop.num_fetched / max(1, loop.num_bytes_fetched) * (num_bytes - loop.num_bytes_fetched)
+                seconds = max(0.0, images) * tuner.seconds_per_image / (num_lanes if device == "cpu" else 1)
+                if not optimize.is_worth_compiling(seconds):
+                    self._why = f"{seconds:.0f} s of forward passes were ahead, too few to compile for"
+                    return
+        batch_size = found or tuner.best.batch_size
+        path = optimize.compiled(order(batch_size))
+        columns = list(backbone.recipe.widths)
+        if path is None or not backbone.adopt(batch_size, optimize.load(path, columns, num_lanes)):
             self._why = "it could not be compiled"
-            return
-        way = Way(optimize.COMPILED, order.batch_size)
-        if mode == "compile":
-            tuner.insist(way)
+        elif mode == "compile":
+            tuner.insist(Way(optimize.COMPILED, batch_size))
             self._why = "the config says so"
         else:
-            tuner.add(way)
+            tuner.add(Way(optimize.COMPILED, batch_size))
             self._why = "measured"
 
 

@@ -106,6 +106,8 @@ class Backbone:
         self._compiled: dict[int, Callable[[torch.Tensor], Embeddings]] = {}
         self._checking = threading.Lock()
         self._real_BHWC: torch.Tensor | None = None
+        self.has_pictures = threading.Event()
+        """Set with the first real batch: from then on a compiled program can be adopted."""
         self._unchecked: Program | None = None
         """The model as it was built, until what was folded has been held against it."""
         if spec.fold and (folded := fold(self._module.module)) is not None:
@@ -178,6 +180,11 @@ class Backbone:
         self._compiled[batch_size] = compiled
         return True
 
+    @property
+    def program_module(self) -> Program:
+        """What a compiler has to reproduce."""
+        return self._module
+
     def new_batch(self, batch_size: int) -> torch.Tensor:
         """Memory for (B, crop, crop, 3) uint8 pictures, page-locked where a GPU copies from it."""
         side = self.preprocess.crop
@@ -217,6 +224,7 @@ class Backbone:
                     self._buffers_digest = self._digest_buffers()
                 self._unchecked = None
             self._real_BHWC = real_BHWC
+            self.has_pictures.set()
 
     def _difference(self, found: Embeddings, expected: Embeddings) -> str:
         """The first column that differs by more than the tolerance; empty where all agree.

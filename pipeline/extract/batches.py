@@ -17,6 +17,8 @@ class Batch:
 
     def __init__(self, backbone: Backbone, way: Way) -> None:
         self._slots_BHWC = backbone.new_batch(way.batch_size)
+        self.slots = self._slots_BHWC.unbind()
+        """One (H, W, 3) uint8 tensor a picture."""
         self._lock = threading.Lock()
         self.reset(way)
 

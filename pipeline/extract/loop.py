@@ -231,7 +231,7 @@ class Loop:
         """Give every row its picture in a batch, or an error."""
         for row, (batch, slot) in zip(rows, slots, strict=True):
             try:
-                row.width, row.height = decoder(row.sample.image, batch.images_BHWC[slot])
+                row.width, row.height = decoder(row.sample.image, batch.slots[slot])
                 batch.rows[slot] = row
             except SampleError as error:
                 self._refuse(opened, row.sample, error)

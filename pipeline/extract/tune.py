@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 NUM_TRIALS = 4
-NUM_IGNORED = 2
-"""The first passes of a shape find their kernels."""
+NUM_IGNORED = 1
+"""The first pass of a shape finds its kernels."""
+HOPELESS = 1.25
+"""A way that is so many times slower than another after its first trials is not tried again."""
+NUM_FIRST_TRIALS = 2
 SMALLER_IS_ENOUGH = 1.03
 """A smaller batch is taken when it is at most so much slower: it needs less memory and cache."""
 
@@ -58,11 +61,18 @@ class Tuner:
                     self.seconds_per_image = seconds / way.batch_size
                 return
             self._open[way].append(seconds / way.batch_size)
-            if all(len(trials) >= NUM_IGNORED + NUM_TRIALS for trials in self._open.values()):
+            if all(len(trials) >= NUM_IGNORED + NUM_FIRST_TRIALS for trials in self._open.values()):
+                self._drop_the_hopeless()
+            if all(len(trials) >= NUM_IGNORED + NUM_TRIALS for trials in self._open.values()) or len(self._open) == 1:
                 self._decide()
 
     def add(self, way: Way) -> None:
-        """Try one more way against the best so far."""
+        """Try one more way: against those that are being tried, else against the best so far."""
+        with self._lock:
+            if self._open:
+                self._open[way] = []
+                self._issued[way] = 0
+                return
         self._try([self.best, way])
 
     def insist(self, way: Way) -> None:
@@ -94,6 +104,11 @@ class Tuner:
                 (self.best,) = self._open
                 self._open = {}
                 self._decided.set()
+
+    def _drop_the_hopeless(self) -> None:
+        taken = {way: min(trials[NUM_IGNORED:]) for way, trials in self._open.items()}
+        fastest = min(taken.values())
+        self._open = {way: trials for way, trials in self._open.items() if taken[way] <= fastest * HOPELESS}
 
     def _decide(self) -> None:
         taken = {way: statistics.median(trials[NUM_IGNORED:]) for way, trials in self._open.items()}

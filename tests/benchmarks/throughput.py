@@ -12,12 +12,12 @@ ours        this package                                    dataloader  torch Da
 ray         Ray Data: PIL and the weights' preset           daft        Daft: loose files, PIL and the preset
 spdl        SPDL's threads around our decoder and model
 
-Those with settings get a short trial of each in `CANDIDATES` before the first round of a row; the fastest one is used.
-`ours` runs with its defaults. `decode-limit` and `forward-limit` (`peers/limits.py`) run like competitors.
+All get a short trial of each of their settings in `CANDIDATES` before the first round of a row; the fastest one is used.
+Programs are compiled before the clock starts, for `ours` and for `spdl`. The limits (`peers/limits.py`) run like competitors.
 
 Columns: `job`, images by seconds from the end of imports (and of `ray.init`) to the written Parquet, start of workers and
 building of models included; `steady`, images a second from the first batch that was embedded to the last (ours: from the
-first actor that is ready to the last shard published, which is less); peak memory of all processes of the job in MB (10^6
+first shard that is published to the last); peak memory of all processes of the job in MB (10^6
 bytes); `ours/…`, the median over rounds of the ratio within a round; `limit`, 1 / (1 / decode-limit + 1 / forward-limit).
 
 Peak memory is the proportional set size, so shared memory counts once; it is taken whenever the sum of the resident sizes,
@@ -58,6 +58,11 @@ SCRIPTS = {
 }
 LIMITS = ("decode-limit", "forward-limit")
 CANDIDATES: dict[str, list[dict[str, int]]] = {
+    "ours": [
+        {"batch-size": 8, "compile": 1},
+        {"batch-size": 16},
+        {"batch-size": 32},
+    ],
     "ray": [
         {"actors": 2, "threads": 1, "actor-cpus": 50},  # decoding fused into two actors
         {"actors": 1, "threads": 2, "actor-cpus": 50},
@@ -77,8 +82,8 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
     ],
     "spdl": [
         {"decoders": 2, "threads": 2},
-        {"decoders": 2, "threads": 1},
-        {"decoders": 1, "threads": 1},
+        {"decoders": 2, "threads": 1, "batch-size": 32, "compile": 1},
+        {"decoders": 1, "threads": 1, "batch-size": 8, "compile": 1},
     ],
 }
 OWN_DECODER = ("ours", "spdl")
@@ -253,7 +258,7 @@ class Jobs:
             command += ["--out", out, *(["--decode", decode] if who in OWN_DECODER else [])]
             command += ["--channels-last"] if self.row.channels_last and who not in OWN_DECODER else []
             command += [part for name, value in (settings or {}).items() for part in (f"--{name}", value)]
-        answer = measured([sys.executable, *map(str, command)], timeout_s)
+        answer = measured([sys.executable, *map(str, command)], timeout_s, str(self.folder / "cache"))
         if "images" in answer:
             answer["images_per_s"] = answer["images"] / answer["job_s"]
         if keep:
@@ -263,10 +268,15 @@ class Jobs:
         return answer
 
 
-def measured(command: list[str], timeout_s: float) -> dict[str, Any]:
+def measured(command: list[str], timeout_s: float, cache: str) -> dict[str, Any]:
     """Run a command in a session of its own; its last line of JSON, and the peak memory of all its processes."""
     mark = f"THROUGHPUT_JOB={uuid.uuid4().hex}"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{PEERS}", mark.partition("=")[0]: mark.partition("=")[2]}
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": cache,
+        "PYTHONPATH": f"{ROOT}:{PEERS}",
+        mark.partition("=")[0]: mark.partition("=")[2],
+    }
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True

@@ -130,7 +130,7 @@ def test_compiling_ahead_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     order = optimize.Order(spec=built.spec, recipe_id=built.recipe.recipe_id, device="cpu", batch_size=8)
     path = optimize.compiled(order)
     assert path is not None and path.is_relative_to(tmp_path)
-    assert built.adopt(8, optimize.load(path, 2))
+    assert built.adopt(8, optimize.load(path, ["embedding"], 2))
     assert abs(built.launch(pictures(8), "compiled").wait()["embedding"] - expected).max() <= 1e-4 * abs(expected).max()
     written = path.stat().st_mtime_ns
     assert optimize.compiled(order) == path and path.stat().st_mtime_ns == written

@@ -5,8 +5,8 @@
 decode: encoded bytes in memory to normalised float32 in a channels-last batch that is used again, as fast as known here: our
 decoder's uint8 picture, normalised while it is in cache by the fastest way of `WAYS`. Threads and processes, the better one.
 
-forward: our optimised model on a float batch that is ready and stays in memory. All cores in one pass, and a lane of one
-thread for each core, the better one.
+forward: our optimised model on a batch that is ready and stays in memory: all cores in one pass, and a lane of one thread for
+each core, of several batch sizes, and compiled. The best one.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ import common
 import torch
 
 from pipeline import config
+from pipeline.extract import optimize
 from pipeline.extract.backbone import Backbone, Spec
 from pipeline.extract.decode import Decoder
 
 MAX_PIXELS = 100_000_000
+BATCH_SIZES = (8, 16, 32)
 NUM_CORES = len(os.sched_getaffinity(0))
 Way = Callable[[torch.Tensor, torch.Tensor], object]
 """(H, W, 3) uint8 to normalised (H, W, 3) float32 in the second argument."""
@@ -178,35 +180,60 @@ def decode_lane(encoded: list[bytes], fast: bool, way: str, lane: int, barrier: 
 
 
 def forward(model: str, seconds: float) -> dict[str, float]:
+    """Images a second of every way: all cores in one pass, or a lane for each; batch sizes; folded, or compiled."""
     rates = {}
     torch.set_num_threads(1)
-    module = optimised(model)
-    rates[f"{NUM_CORES} lanes of 1 thread"] = in_threads(lambda _, barrier: forward_lane(module, 1, barrier, seconds))
-    rates[f"1 lane of {NUM_CORES} threads"] = forward_lane(module, NUM_CORES, threading.Barrier(1), seconds)
+    chosen = model_of(model)
+    # The network without the normalisation in front of it, which the decode limit counts.
+    module = Backbone(Spec(backbone=chosen, decode="exact", precision="float32"))._module.module
+    for size in BATCH_SIZES:
+        rates[f"{NUM_CORES} lanes, batches of {size}"] = in_threads(
+            lambda _, barrier, size=size: forward_lane(module, size, 1, barrier, seconds)
+        )
+    rates[f"{NUM_CORES} threads, batches of {BATCH_SIZES[-1]}"] = forward_lane(
+        module, BATCH_SIZES[-1], NUM_CORES, threading.Barrier(1), seconds
+    )
+    if model != "null":
+        # With the normalisation, fused: it costs a twentieth of decoding.
+        _, path = common.compiled(chosen, "exact", BATCH_SIZES[0])
+        program = optimize.load(path, ["embedding"], NUM_CORES)
+        rates[f"{NUM_CORES} lanes, compiled for batches of {BATCH_SIZES[0]}"] = in_threads(
+            lambda _, barrier: compiled_lane(program, BATCH_SIZES[0], barrier, seconds)
+        )
     return rates
 
 
-def optimised(model: str) -> Any:
-    own = model == "null"
-    chosen = config.Backbone(
-        model="python/null:model" if own else f"torchvision/{model}",
+def model_of(name: str) -> config.Backbone:
+    own = name == "null"
+    return config.Backbone(
+        model="python/null:model" if own else f"torchvision/{name}",
         weights="builtin" if own else "seed:0",
         nodes={"embedding": config.Node(node="flatten")},
     )
-    # The network without the normalisation in front of it, which the decode limit counts.
-    return Backbone(Spec(backbone=chosen, decode="exact", precision="float32"))._module.module
 
 
-def forward_lane(module: Any, threads: int, barrier: Any, seconds: float) -> float:
-    torch.set_num_threads(threads)
+def forward_lane(module: Any, batch_size: int, num_threads: int, barrier: Any, seconds: float) -> float:
+    torch.set_num_threads(num_threads)
     side = config.Preprocess().crop
-    images_BCHW = torch.randn(common.BATCH_SIZE, 3, side, side).to(memory_format=torch.channels_last)
+    images_BCHW = torch.randn(batch_size, 3, side, side).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def one(_: int) -> None:
         module(images_BCHW)
 
-    return rate(one, barrier, seconds) * common.BATCH_SIZE
+    return rate(one, barrier, seconds) * batch_size
+
+
+def compiled_lane(program: Callable[[torch.Tensor], Any], batch_size: int, barrier: Any, seconds: float) -> float:
+    torch.set_num_threads(1)
+    side = config.Preprocess().crop
+    images_BHWC = torch.randint(0, 256, (batch_size, side, side, 3), dtype=torch.uint8)
+
+    @torch.inference_mode()
+    def one(_: int) -> None:
+        program(images_BHWC)
+
+    return rate(one, barrier, seconds) * batch_size
 
 
 # Both

@@ -1,8 +1,9 @@
 """SPDL's thread pipeline around our decoder and our optimised model: what its scheduling costs, nothing else.
 
-    python spdl_threads.py --tars DIR --out DIR [--decoders 2] [--threads 2] [--decode exact]
+    python spdl_threads.py --tars DIR --out DIR [--decoders 2] [--threads 2] [--batch-size 32] [--compile 1]
 
-Slots of reused batches are handed out by the source and filled in place; one thread embeds. Parquet is written at the end.
+With `--compile 1` the model is compiled before the clock starts, as for this package. Slots of reused batches are handed out by
+the source and filled in place; one thread embeds. Parquet is written at the end.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from spdl.pipeline import PipelineBuilder
 
 from pipeline import config
+from pipeline.extract import optimize
 from pipeline.extract.backbone import Backbone, Spec
 from pipeline.extract.decode import Decoder
 
@@ -37,8 +39,9 @@ Placed = tuple[torch.Tensor, str]
 class Run:
     """The stages, and the memory that they share."""
 
-    def __init__(self, backbone: Backbone, decode: str, batch_size: int, stamps: common.Stamps) -> None:
-        self._backbone, self._decode, self._batch_size, self._stamps = backbone, decode, batch_size, stamps
+    def __init__(self, backbone: Backbone, program: str, decode: str, batch_size: int, stamps: common.Stamps) -> None:
+        self._backbone, self._program, self._decode = backbone, program, decode
+        self._batch_size, self._stamps = batch_size, stamps
         self._free: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
         for _ in range(NUM_BATCHES):
             self._free.put(backbone.new_batch(batch_size))
@@ -66,21 +69,30 @@ class Run:
 
     def embed(self, placed: list[Placed]) -> tuple[list[str], NDArray[np.float32]]:
         images_BHWC = placed[0][0]  # the order of the source is kept, so all slots are of one batch
-        embeddings_BD = self._backbone.launch(images_BHWC).wait()["embedding"][: len(placed)].copy()
+        embeddings_BD = self._backbone.launch(images_BHWC, self._program).wait()["embedding"][: len(placed)].copy()
         self._free.put(images_BHWC)
         self._stamps.mark(len(placed))
         return [key for _, key in placed], embeddings_BD
 
 
 def main() -> None:
-    arguments = common.arguments("SPDL", decoders=2, threads=2, batch_size=common.BATCH_SIZE)
-    job = common.Job(arguments.out)
+    arguments = common.arguments("SPDL", decoders=2, threads=2, batch_size=common.BATCH_SIZE, compile=0)
     torch.set_num_threads(arguments.threads)
     chosen = config.Backbone(
         model=f"torchvision/{arguments.model}", weights="seed:0", nodes={"embedding": config.Node(node="flatten")}
     )
+    if arguments.compile:
+        common.compiled(chosen, arguments.decode, arguments.batch_size)
+    job = common.Job(arguments.out)
     backbone = Backbone(Spec(backbone=chosen, decode=arguments.decode, precision="float32"))
-    run = Run(backbone, arguments.decode, arguments.batch_size, common.Stamps(arguments.out))
+    program = ""
+    if arguments.compile:
+        _, path = common.compiled(chosen, arguments.decode, arguments.batch_size)
+        images_BHWC = backbone.new_batch(arguments.batch_size)
+        backbone.launch(images_BHWC).wait()
+        backbone.adopt(arguments.batch_size, optimize.load(path, ["embedding"], 1))
+        program = optimize.COMPILED
+    run = Run(backbone, program, arguments.decode, arguments.batch_size, common.Stamps(arguments.out))
     lane = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(arguments.threads,))
     pipeline = (
         PipelineBuilder()
@@ -103,7 +115,7 @@ def main() -> None:
         decoders=arguments.decoders,
         threads=arguments.threads,
         batch_size=arguments.batch_size,
-        model=backbone.program,
+        model=program or backbone.program,
     )
 
 
