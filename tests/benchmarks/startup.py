@@ -5,8 +5,7 @@
 `DIR` is what `photographs.py` made. In turn, each in a fresh process, from its start:
 
     ours    `pipeline run` on one tar of 32 small photographs, a torchvision model with weights `seed:0`: until the first
-            batch is embedded, `first_batch_s` in the summary. Where the summary does not tell, until the first file lies
-            below `data/` of the output, which with one batch is soon after
+            batch is embedded, as the summary tells it
     floor   the least that does the same: import ray, `ray.init`, one actor that imports torch and torchvision, builds the same
             model and does one forward pass of 32 zeros; until the process that started it has the answer
 
@@ -106,7 +105,7 @@ def ours(shard: Path, model: str, output: Path) -> dict[str, Any]:
     config = output.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "pipeline", "run", str(config), "--json"]
-    start, first_file_s = time.monotonic(), None
+    start, started_at, first_file_s = time.monotonic(), time.time(), None
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment(), cwd=shard.parent
     ) as process:
@@ -119,12 +118,11 @@ def ours(shard: Path, model: str, output: Path) -> dict[str, Any]:
         report = json.loads(process.stdout.read().splitlines()[-1])
     assert process.returncode == 0, report
     assert report["images"]["embedded"] == BATCH_SIZE
-    told = report.get("first_batch_s")
     return {
-        "first_batch_s": told if told is not None else first_file_s,
+        # The summary's clock starts with the run, after the imports of the command line.
+        "first_batch_s": report["started_at"] + report["first_batch_s"] - started_at,
         "first_file_s": first_file_s,
         "total_s": total_s,
-        "clock": "first_batch_s of the summary" if told is not None else "first file",
     }
 
 

@@ -1,6 +1,6 @@
 """Whole jobs side by side: tars of photographs in, Parquet with embeddings out, and what the machine allows at most.
 
-    pip install -e '.[test]' daft spdl pandas
+    pip install -e '.[bench]'
     python tests/benchmarks/throughput.py [--photographs DIR] [--rounds 5] [--rows NAME,…] [--peers NAME,…] [--json]
 
 A row is a model, a size of photograph and a way of decoding; the competitors are the scripts in `peers/`, each run in a fresh
