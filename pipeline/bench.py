@@ -35,8 +35,8 @@ from pipeline import config, metrics
 from pipeline.dataset import partition
 from pipeline.dataset.partition import Target
 from pipeline.errors import PipelineError, RunError, SampleError, ShardError, SourceError, UserError
-from pipeline.extract import loop, optimize
-from pipeline.extract.backbone import Backbone, Pass, Program, Spec, freeze
+from pipeline.extract import aot, loop
+from pipeline.extract.backbone import COMPILED, Backbone, Pass, Program, Spec, freeze
 from pipeline.extract.carry import Task
 from pipeline.extract.decode import Decoder
 from pipeline.extract.model import build, cut
@@ -350,9 +350,9 @@ class _Limits:
         if not made and self.settings.run.optimize == "compile":
             note("compiling the model, which can take minutes")
             order = _order(backbone, best_size)
-            made = [order] if optimize.compiled(order) else []
+            made = [order] if aot.compiled(order) else []
         for order in made:
-            compiled = optimize.load(order.path, list(backbone.recipe.widths), self._lanes)
+            compiled = aot.load(order.path, list(backbone.recipe.widths), self._lanes)
             if backbone.adopt(order.batch_size, compiled):
                 pictures_BHWC = self.pictures_BHWC[: order.batch_size].to(self.device)
 
@@ -361,7 +361,7 @@ class _Limits:
                     if self.device == "cuda":
                         torch.cuda.synchronize()
 
-                yield _Candidate(optimize.COMPILED, order.batch_size, step, "picture")
+                yield _Candidate(COMPILED, order.batch_size, step, "picture")
 
 
 class _DecodeLane:
@@ -482,10 +482,10 @@ class _Loop:
         shards = [shard for shard in self.shards if shard.url in source.counts]
         rounds = -(-num_wanted // sum(source.counts.values()))
         backbone.launch(_pictures(self.pictures, backbone.preprocess)[: self.batch_size]).wait()
-        if self.program == optimize.COMPILED:
+        if self.program == COMPILED:
             backbone.adopt(
                 self.batch_size,
-                optimize.load(_order(backbone, self.batch_size).path, list(backbone.recipe.widths), self.num_workers),
+                aot.load(_order(backbone, self.batch_size).path, list(backbone.recipe.widths), self.num_workers),
             )
         layout, schema = source.layout(), partition.schema(backbone.recipe, source.fields())
         while True:
@@ -494,8 +494,8 @@ class _Loop:
                 target = Target(store=Store(), url=folder, recipe=backbone.recipe, layout=layout, schema=schema)
                 start = time.perf_counter()
                 running = loop.Loop(source, backbone, target, work)
-                if self.program == optimize.COMPILED:
-                    running.tuner.insist(Way(optimize.COMPILED, self.batch_size))
+                if self.program == COMPILED:
+                    running.tuner.insist(Way(COMPILED, self.batch_size))
                 futures = [running.submit(Task(shard=shard)) for _ in range(rounds) for shard in shards]
                 num_images = sum(future.result().num_embedded for future in futures)
                 seconds = time.perf_counter() - start
@@ -512,7 +512,7 @@ class _Loop:
                 "seconds": seconds,
                 "busy": metrics.busy(taken),
                 "bound_by": metrics.bound_by(taken),
-                "program": self.program if self.program == optimize.COMPILED else backbone.program,
+                "program": self.program if self.program == COMPILED else backbone.program,
                 "batch_size": self.batch_size,
             }
 
@@ -671,9 +671,9 @@ def _spec(settings: config.Config, fold: bool = True) -> Spec:
     return Spec(backbone=settings.backbone, decode=settings.decode, precision=settings.run.precision, fold=fold)
 
 
-def _order(backbone: Backbone, batch_size: int) -> optimize.Order:
+def _order(backbone: Backbone, batch_size: int) -> aot.Order:
     recipe_id, device = backbone.recipe.recipe_id, backbone.device.type
-    return optimize.Order(spec=backbone.spec, recipe_id=recipe_id, device=device, batch_size=batch_size)
+    return aot.Order(spec=backbone.spec, recipe_id=recipe_id, device=device, batch_size=batch_size)
 
 
 def _decoder(settings: config.Config, preprocess: config.Preprocess, decode: str) -> Decoder:

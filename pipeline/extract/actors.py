@@ -156,7 +156,7 @@ class Extractor:
         return Result(task=task, partition=partition, error=error, stages=loop.stages.take(), chosen=chosen)
 
     def _chosen(self, backbone: Backbone, loop: Loop) -> dict[str, Any]:
-        from pipeline.extract.optimize import COMPILED
+        from pipeline.extract.backbone import COMPILED
 
         best = loop.tuner.best
         return {
@@ -168,13 +168,14 @@ class Extractor:
 
     def _compile(self, backbone: Backbone, loop: Loop, mode: str, sizes: Sequence[int], num_lanes: int, num_bytes: int) -> None:
         """Beside the loop: let it use a compiled program, where there is one or one is worth its making."""
-        from pipeline.extract import optimize
+        from pipeline.extract import aot
+        from pipeline.extract.backbone import COMPILED
         from pipeline.extract.tune import Way
 
         tuner, device = loop.tuner, backbone.device.type
 
-        def order(batch_size: int) -> optimize.Order:
-            return optimize.Order(spec=backbone.spec, recipe_id=backbone.recipe.recipe_id, device=device, batch_size=batch_size)
+        def order(batch_size: int) -> aot.Order:
+            return aot.Order(spec=backbone.spec, recipe_id=backbone.recipe.recipe_id, device=device, batch_size=batch_size)
 
         backbone.has_pictures.wait()
         found = next((size for size in sizes if order(size).path.exists()), None)
@@ -184,19 +185,19 @@ class Extractor:
             if mode == "auto":
                 images = loop.num_fetched / max(1, loop.num_bytes_fetched) * (num_bytes - loop.num_bytes_fetched)
                 seconds = max(0.0, images) * tuner.seconds_per_image / (num_lanes if device == "cpu" else 1)
-                if not optimize.is_worth_compiling(seconds):
+                if not aot.is_worth_compiling(seconds):
                     self._why = f"{seconds:.0f} s of forward passes were ahead, too few to compile for"
                     return
         batch_size = found or tuner.best.batch_size
-        path = optimize.compiled(order(batch_size))
+        path = aot.compiled(order(batch_size))
         columns = list(backbone.recipe.widths)
-        if path is None or not backbone.adopt(batch_size, optimize.load(path, columns, num_lanes)):
+        if path is None or not backbone.adopt(batch_size, aot.load(path, columns, num_lanes)):
             self._why = "it could not be compiled"
         elif mode == "compile":
-            tuner.insist(Way(optimize.COMPILED, batch_size))
+            tuner.insist(Way(COMPILED, batch_size))
             self._why = "the config says so"
         else:
-            tuner.add(Way(optimize.COMPILED, batch_size))
+            tuner.add(Way(COMPILED, batch_size))
             self._why = "measured"
 
 

@@ -2,7 +2,7 @@
 
 A forward pass is all that is needed: eval mode, `torch.inference_mode`, no parameter with a gradient. The guard checks that
 this is so before and after, and that a row does not depend on its neighbours in the batch. What runs in the model's place
-because it is faster (see `optimize.py`) is held against it on the first real pictures before it makes a row.
+because it is faster is held against it on the first real pictures before it makes a row.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.fx import GraphModule
 
 from pipeline import config
 from pipeline.config import Preprocess
 from pipeline.errors import BackboneError, GuardError
 from pipeline.extract.decode import DECODE_VERSION
-from pipeline.extract.model import build, cut, state_digest
-from pipeline.extract.optimize import COMPILED, EAGER, FOLDED, fold
+from pipeline.extract.model import Cut, build, cut, state_digest
 from pipeline.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
+EAGER, FOLDED, COMPILED = "eager", "batchnorm folded", "compiled"
+"""Programs: the model as it is, and what may run in its place."""
 TOLERANCE = 1e-4
 """Two float32 embeddings of one picture are equal when they differ by at most this share of the largest value."""
 _TOLERANCE = {"float32": TOLERANCE, "tf32": 5e-3, "bfloat16": 5e-2, "float16": 5e-3}
@@ -313,6 +315,26 @@ class Program(nn.Module):
 def freeze(model: nn.Module) -> nn.Module:
     """Eval mode in every submodule, no parameter with a gradient. Changes and returns `model`."""
     return model.eval().requires_grad_(False)
+
+
+def fold(model: nn.Module) -> nn.Module | None:
+    """The model with BatchNorm folded into the convolutions before it; None where that cannot be done.
+
+    A frozen BatchNorm is a scale and a shift, which the convolution's weights can take: a pass over memory less.
+    """
+    if not isinstance(model, Cut) or not isinstance(model.extractor, GraphModule):
+        return None
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return None
+    from torch.fx.experimental.optimization import fuse
+
+    try:
+        # A shell of its own around the same layers: the layers that are folded are replaced in it, not changed.
+        shell = GraphModule(model.extractor, model.extractor.graph)
+        return Cut(fuse(shell, inplace=True, no_trace=True), model.outputs)
+    except Exception as error:  # an experimental part of PyTorch: whatever it stumbles over, eager works
+        logger.warning("BatchNorm could not be folded, the model runs as it is: %s: %s", type(error).__name__, error)
+        return None
 
 
 def _equal(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:

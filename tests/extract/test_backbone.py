@@ -15,8 +15,8 @@ from torch import nn
 
 from pipeline import config
 from pipeline.errors import BackboneError, GuardError
+from pipeline.extract import aot
 from pipeline.extract import backbone as module
-from pipeline.extract import optimize
 from pipeline.extract.backbone import Backbone, Spec
 from pipeline.extract.model import state_digest
 
@@ -127,13 +127,13 @@ def test_compiling_ahead_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     built = make("python/models:tiny")
     expected = built.launch(pictures(8)).wait()["embedding"]
-    order = optimize.Order(spec=built.spec, recipe_id=built.recipe.recipe_id, device="cpu", batch_size=8)
-    path = optimize.compiled(order)
+    order = aot.Order(spec=built.spec, recipe_id=built.recipe.recipe_id, device="cpu", batch_size=8)
+    path = aot.compiled(order)
     assert path is not None and path.is_relative_to(tmp_path)
-    assert built.adopt(8, optimize.load(path, ["embedding"], 2))
+    assert built.adopt(8, aot.load(path, ["embedding"], 2))
     assert abs(built.launch(pictures(8), "compiled").wait()["embedding"] - expected).max() <= 1e-4 * abs(expected).max()
     written = path.stat().st_mtime_ns
-    assert optimize.compiled(order) == path and path.stat().st_mtime_ns == written
+    assert aot.compiled(order) == path and path.stat().st_mtime_ns == written
     others = [
         dataclasses.replace(order, batch_size=4),
         dataclasses.replace(order, recipe_id="other"),
@@ -147,8 +147,8 @@ def test_what_cannot_be_compiled_says_so(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     built = make("python/models:untraceable", node="conv")
-    order = optimize.Order(spec=built.spec, recipe_id=built.recipe.recipe_id, device="cpu", batch_size=4)
-    assert optimize.compiled(order) is None
+    order = aot.Order(spec=built.spec, recipe_id=built.recipe.recipe_id, device="cpu", batch_size=4)
+    assert aot.compiled(order) is None
     assert "could not be compiled and runs as it is" in caplog.text
 
 

@@ -17,7 +17,7 @@ from s3 import S3Server
 
 import pipeline
 from pipeline import config
-from pipeline.extract import optimize
+from pipeline.extract import aot
 from pipeline.extract.backbone import Backbone, Spec
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -103,8 +103,8 @@ def test_a_compiled_model_gives_equal_rows(tmp_path: Path, photographs: list[byt
         if mode == "compile":  # as an earlier run leaves it
             spec = Spec(backbone=made.backbone, decode="exact", precision="float32")
             recipe_id = Backbone(spec).recipe.recipe_id
-            order = optimize.Order(spec=spec, recipe_id=recipe_id, device="cpu", batch_size=16)
-            assert optimize.compiled(order) is not None
+            order = aot.Order(spec=spec, recipe_id=recipe_id, device="cpu", batch_size=16)
+            assert aot.compiled(order) is not None
         done = cli("run", str(path), "--json")
         assert done.returncode == 0, done.stderr
         chosen[mode] = last_line(done)["actors"][0]

@@ -65,12 +65,12 @@ def forward(model: Any, images_BCHW: Any, *, channels_last: bool) -> Any:
 
 def compiled(model: Any, decode: str, batch_size: int) -> Any:
     """Our backbone, and the file of its program for batches of this size, made unless it is there."""
-    from pipeline.extract import optimize
+    from pipeline.extract import aot
     from pipeline.extract.backbone import Backbone, Spec
 
     backbone = Backbone(Spec(backbone=model, decode=decode, precision="float32"))
-    order = optimize.Order(spec=backbone.spec, recipe_id=backbone.recipe.recipe_id, device="cpu", batch_size=batch_size)
-    path = optimize.compiled(order)
+    order = aot.Order(spec=backbone.spec, recipe_id=backbone.recipe.recipe_id, device="cpu", batch_size=batch_size)
+    path = aot.compiled(order)
     assert path is not None, "a compiler is there"
     return backbone, path
 

@@ -27,7 +27,7 @@ import common
 import torch
 
 from pipeline import config
-from pipeline.extract import optimize
+from pipeline.extract import aot
 from pipeline.extract.backbone import Backbone, Spec
 from pipeline.extract.decode import Decoder
 
@@ -196,7 +196,7 @@ def forward(model: str, seconds: float) -> dict[str, float]:
     if model != "null":
         # With the normalisation, fused: it costs a twentieth of decoding.
         _, path = common.compiled(chosen, "exact", BATCH_SIZES[0])
-        program = optimize.load(path, ["embedding"], NUM_CORES)
+        program = aot.load(path, ["embedding"], NUM_CORES)
         rates[f"{NUM_CORES} lanes, compiled for batches of {BATCH_SIZES[0]}"] = in_threads(
             lambda _, barrier: compiled_lane(program, BATCH_SIZES[0], barrier, seconds)
         )

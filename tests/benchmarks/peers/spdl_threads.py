@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from spdl.pipeline import PipelineBuilder
 
 from pipeline import config
-from pipeline.extract import optimize
-from pipeline.extract.backbone import Backbone, Spec
+from pipeline.extract import aot
+from pipeline.extract.backbone import COMPILED, Backbone, Spec
 from pipeline.extract.decode import Decoder
 
 NUM_BATCHES = 4
@@ -90,8 +90,8 @@ def main() -> None:
         _, path = common.compiled(chosen, arguments.decode, arguments.batch_size)
         images_BHWC = backbone.new_batch(arguments.batch_size)
         backbone.launch(images_BHWC).wait()
-        backbone.adopt(arguments.batch_size, optimize.load(path, ["embedding"], 1))
-        program = optimize.COMPILED
+        backbone.adopt(arguments.batch_size, aot.load(path, ["embedding"], 1))
+        program = COMPILED
     run = Run(backbone, program, arguments.decode, arguments.batch_size, common.Stamps(arguments.out))
     lane = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(arguments.threads,))
     pipeline = (

@@ -1,8 +1,7 @@
-"""Faster equivalents of a frozen model: BatchNorm folded into convolutions, and the whole compiled ahead of time.
+"""Programs compiled ahead of time: files for one model, batch size and kind of processor, kept in the user's cache folder.
 
-Neither is trusted: `Backbone` holds both against the model before they make a row, and the loop measures whether they are
-faster. A compiled program is a file for one model, batch size and kind of processor. It is made by a process of its own, so
-that the loop goes on meanwhile, and kept in the user's cache folder, where the next run finds it.
+A program is made by a process of its own, so that the loop goes on meanwhile, and found there by the next run. It is not
+trusted: `Backbone.adopt` holds it against the model before it makes a row, and the loop measures whether it is faster.
 """
 
 from __future__ import annotations
@@ -21,21 +20,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
 
-from pipeline.extract.model import Cut
+from pipeline.extract.backbone import Backbone, Spec
 from pipeline.recipe import digest
-
-if TYPE_CHECKING:
-    from pipeline.extract.backbone import Spec
 
 logger = logging.getLogger(__name__)
 
-EAGER, FOLDED, COMPILED = "eager", "batchnorm folded", "compiled"
 COMPILE_S = 40.0
 """What compiling takes of two cores: 13 to 46 s for the models tried (notably more for deep ones)."""
 EXPECTED_GAIN = 0.3
@@ -43,26 +37,6 @@ EXPECTED_GAIN = 0.3
 COMPILE_TIMEOUT_S = 1800.0
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl: be sent a signal when the thread that started this process ends."""
-
-
-def fold(model: nn.Module) -> nn.Module | None:
-    """The model with BatchNorm folded into the convolutions before it; None where that cannot be done.
-
-    A frozen BatchNorm is a scale and a shift, which the convolution's weights can take: a pass over memory less.
-    """
-    if not isinstance(model, Cut) or not isinstance(model.extractor, GraphModule):
-        return None
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        return None
-    from torch.fx.experimental.optimization import fuse
-
-    try:
-        # A shell of its own around the same layers: the layers that are folded are replaced in it, not changed.
-        shell = GraphModule(model.extractor, model.extractor.graph)
-        return Cut(fuse(shell, inplace=True, no_trace=True), model.outputs)
-    except Exception as error:  # an experimental part of PyTorch: whatever it stumbles over, eager works
-        logger.warning("BatchNorm could not be folded, the model runs as it is: %s: %s", type(error).__name__, error)
-        return None
 
 
 def is_worth_compiling(forward_s: float) -> bool:
@@ -101,7 +75,7 @@ def compiled(order: Order) -> Path | None:
         start = time.monotonic()
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "pipeline.extract.optimize"],
+                [sys.executable, "-m", "pipeline.extract.aot"],
                 input=pickle.dumps(order),
                 capture_output=True,
                 env=environment,
@@ -142,9 +116,6 @@ def _compile(order: Order) -> None:
     if sys.platform == "linux":  # and when it ends, nobody waits for this any more
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)
-    # Here, not above: the backbone imports this module.
-    from pipeline.extract.backbone import Backbone
-
     backbone = Backbone(order.spec, order.device)
     options: dict[str, Any] = {"freezing": True}
     if order.device == "cpu":
@@ -167,6 +138,6 @@ def _only_one(path: Path) -> Iterator[None]:
 
 if __name__ == "__main__":
     # The class is not this script's, but the one that was sent.
-    from pipeline.extract import optimize
+    from pipeline.extract import aot
 
-    optimize._compile(pickle.load(sys.stdin.buffer))
+    aot._compile(pickle.load(sys.stdin.buffer))
