@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--model", default="mobilenet_v3_small")
     parser.add_argument("--decode", choices=("exact", "fast"), default="exact")
     parser.add_argument("--way", choices=tuple(WAYS), default=BEST_WAY)
-    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--seconds", type=float, default=2.0)
     arguments = parser.parse_args()
     if arguments.what == "decode":
         rates = decode(images(arguments.tars), arguments.decode == "fast", arguments.way, arguments.seconds)
