@@ -132,7 +132,7 @@ class Extractor:
         self._loop = Loop(Source(self._settings.source), backbone, target, work, known)
         if run.optimize in ("auto", "compile"):
             arguments = (backbone, self._loop, run.optimize, sizes, threads, num_bytes)
-            threading.Thread(target=self._compile, args=arguments, daemon=True).start()
+            threading.Thread(target=self._try_to_compile, args=arguments, daemon=True).start()
         return {
             "pid": os.getpid(),
             "node": ray.get_runtime_context().get_node_id(),
@@ -165,6 +165,13 @@ class Extractor:
             "batch_size": best.batch_size,
             "first_batch_at": loop.first_batch_at,
         }
+
+    def _try_to_compile(self, *arguments: Any) -> None:
+        try:
+            self._compile(*arguments)
+        except Exception as error:  # the cache folder may be full, read-only, or hold half a file: the loop needs none of it
+            logger.warning("no compiled program is used: %s: %s", type(error).__name__, error)
+            self._why = "a compiled program could not be used"
 
     def _compile(self, backbone: Backbone, loop: Loop, mode: str, sizes: Sequence[int], num_lanes: int, num_bytes: int) -> None:
         """Beside the loop: let it use a compiled program, where there is one or one is worth its making."""

@@ -144,7 +144,7 @@ class Backbone:
         """
         if self._real_BHWC is None:
             self._check_first(images_BHWC)
-        run = self._compiled[len(images_BHWC)] if program == COMPILED else self._module
+        run = self._compiled.get(len(images_BHWC), self._module) if program == COMPILED else self._module
         if self.device.type != "cuda":
             start = time.perf_counter()
             finished = {column: embeddings_BD.numpy() for column, embeddings_BD in run(images_BHWC).items()}

@@ -33,6 +33,8 @@ class Tuner:
         self._open: dict[Way, list[float]] = {}
         self._issued: dict[Way, int] = {}
         self.best = ways[0]
+        self._base = ways[0].program
+        """A program that runs batches of any size."""
         self.seconds_per_image = 0.0
         """Of the best way so far; 0 before a batch was computed in it."""
         self._decided = threading.Event()
@@ -85,7 +87,7 @@ class Tuner:
             half = max(1, batch_size // 2)
             self._open = {way: trials for way, trials in self._open.items() if way.batch_size < batch_size}
             if self.best.batch_size >= batch_size:
-                self.best = max(self._open, key=lambda way: way.batch_size) if self._open else Way(self.best.program, half)
+                self.best = max(self._open, key=lambda way: way.batch_size) if self._open else Way(self._base, half)
             if len(self._open) < 2:
                 self._open = {}
                 self._decided.set()

@@ -66,6 +66,13 @@ def test_what_does_not_fit_is_never_tried_again() -> None:
     assert tuner.next() == Way("eager", 1)
 
 
+def test_a_compiled_program_that_does_not_fit_gives_way_to_one_of_any_size() -> None:
+    tuner = Tuner([LARGE])
+    tuner.insist(Way("compiled", 32))
+    assert tuner.refuse(32) == 16
+    assert tuner.next() == Way("eager", 16)
+
+
 def test_a_way_that_comes_during_the_trials_joins_them() -> None:
     compiled = Way("compiled", 8)
     tuner = Tuner([SMALL, MIDDLE])
