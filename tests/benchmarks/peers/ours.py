@@ -5,7 +5,8 @@
 Without settings it runs with its defaults. With `--compile 1` the program is compiled before the clock starts, once, and kept:
 that is how a run of many images goes on after its first minute, and every run after it from the start.
 
-The steady rate goes from the first shard that was published to the last one, with the images of all but the first.
+The steady rate goes from the first batch that was embedded to the last shard that was published, with the images of all batches
+but the first.
 """
 
 from __future__ import annotations
@@ -26,24 +27,16 @@ class Watch:
     """An observer that looks at the clock."""
 
     def __init__(self) -> None:
-        self._first = self._last = 0.0
-        self._num_images = 0
+        self.last = 0.0
 
     def planned(self, plan: Any) -> None:
         pass
 
     def finished(self, result: Any, num_actors: int) -> None:
-        self._last = time.monotonic()
-        if not self._first:
-            self._first = self._last
-        elif result.partition is not None:
-            self._num_images += result.partition.num_embedded
+        self.last = time.time()
 
     def note(self, text: str) -> None:
         pass
-
-    def steady_images_per_s(self) -> float | None:
-        return self._num_images / (self._last - self._first) if self._num_images else None
 
 
 def main() -> None:
@@ -73,7 +66,9 @@ def main() -> None:
     num_images = sum(each.num_embedded for each in summary.extracted)
     told = ("device", "threads", "batch_size", "model")
     chosen = [{name: actor[name] for name in told if name in actor} for actor in summary.actors]
-    job.done(num_images, steady_images_per_s=watch.steady_images_per_s(), decode=arguments.decode, actors=chosen)
+    first = min(actor["first_batch_at"] for actor in summary.actors)
+    steady = (num_images - summary.actors[0]["batch_size"]) / (watch.last - first)
+    job.done(num_images, steady_images_per_s=steady, decode=arguments.decode, actors=chosen)
 
 
 if __name__ == "__main__":
