@@ -112,7 +112,7 @@ ROWS = {
         model="mobilenet_v3_small",
         size="large",
         decode="fast",
-        num_images=120,
+        num_images=300,
         num_trial=80,
         competitors=("ours", "ray", "dataloader"),
         limits=(),
@@ -120,7 +120,7 @@ ROWS = {
     "mobilenet-large-exact": Row(
         model="mobilenet_v3_small",
         size="large",
-        num_images=120,
+        num_images=300,
         num_trial=80,
         competitors=("ours", "dataloader"),
         limits=(),
