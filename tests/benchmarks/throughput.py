@@ -196,9 +196,7 @@ def compare(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
         if peer in CANDIDATES:
             few = photographs.select(arguments.photographs, row.size, min(row.num_trial, number), folder)
             trial = Jobs(row, few[0], few[1], folder)
-            # Compiled, ResNet-50 is slower than folded on the machines tried.
-            candidates = [each for each in CANDIDATES[peer] if row.model != "resnet50" or "compile" not in each]
-            candidates = candidates[:1] if arguments.no_trials else candidates
+            candidates = CANDIDATES[peer][:1] if arguments.no_trials else CANDIDATES[peer]
             if len(candidates) == 1:
                 settings[peer] = candidates[0]
                 continue
