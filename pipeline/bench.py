@@ -345,11 +345,11 @@ class _Limits:
     def _compiled(self, best_size: int, note: Note) -> Iterator[_Candidate]:
         """Programs that are compiled already; where the config insists, one is compiled now."""
         backbone = self._backbones[-1]
-        orders = [_order(backbone, size) for size in self._sizes]
+        orders = [aot.Order.of(backbone, size) for size in self._sizes]
         made = [order for order in orders if order.path.exists()]
         if not made and self.settings.run.optimize == "compile":
             note("compiling the model, which can take minutes")
-            order = _order(backbone, best_size)
+            order = aot.Order.of(backbone, best_size)
             made = [order] if aot.compiled(order) else []
         for order in made:
             compiled = aot.load(order.path, list(backbone.recipe.widths), self._lanes)
@@ -485,7 +485,7 @@ class _Loop:
         if self.program == COMPILED:
             backbone.adopt(
                 self.batch_size,
-                aot.load(_order(backbone, self.batch_size).path, list(backbone.recipe.widths), self.num_workers),
+                aot.load(aot.Order.of(backbone, self.batch_size).path, list(backbone.recipe.widths), self.num_workers),
             )
         layout, schema = source.layout(), partition.schema(backbone.recipe, source.fields())
         while True:
@@ -669,11 +669,6 @@ def _answer(job: _Loop | _Machinery) -> None:
 
 def _spec(settings: config.Config, fold: bool = True) -> Spec:
     return Spec(backbone=settings.backbone, decode=settings.decode, precision=settings.run.precision, fold=fold)
-
-
-def _order(backbone: Backbone, batch_size: int) -> aot.Order:
-    recipe_id, device = backbone.recipe.recipe_id, backbone.device.type
-    return aot.Order(spec=backbone.spec, recipe_id=recipe_id, device=device, batch_size=batch_size)
 
 
 def _decoder(settings: config.Config, preprocess: config.Preprocess, decode: str) -> Decoder:

@@ -181,11 +181,8 @@ class Extractor:
 
         tuner, device = loop.tuner, backbone.device.type
 
-        def order(batch_size: int) -> aot.Order:
-            return aot.Order(spec=backbone.spec, recipe_id=backbone.recipe.recipe_id, device=device, batch_size=batch_size)
-
         backbone.has_pictures.wait()
-        found = next((size for size in sizes if order(size).path.exists()), None)
+        found = next((size for size in sizes if aot.Order.of(backbone, size).path.exists()), None)
         if found is None:
             while not (tuner.wait(POLL_S) and tuner.seconds_per_image):
                 time.sleep(0.1)  # a single way is the best before it was measured
@@ -196,7 +193,7 @@ class Extractor:
                     self._why = f"{seconds:.0f} s of forward passes were ahead, too few to compile for"
                     return
         batch_size = found or tuner.best.batch_size
-        path = aot.compiled(order(batch_size))
+        path = aot.compiled(aot.Order.of(backbone, batch_size))
         columns = list(backbone.recipe.widths)
         if path is None or not backbone.adopt(batch_size, aot.load(path, columns, num_lanes)):
             self._why = "it could not be compiled"

@@ -57,6 +57,12 @@ class Order:
     device: str
     batch_size: int
 
+    @classmethod
+    def of(cls, backbone: Backbone, batch_size: int) -> Order:
+        """What a backbone runs, for batches of one size."""
+        recipe_id, device = backbone.recipe.recipe_id, backbone.device.type
+        return cls(spec=backbone.spec, recipe_id=recipe_id, device=device, batch_size=batch_size)
+
     @property
     def path(self) -> Path:
         """Where the compiled program is kept: another model, version of torch or processor has another file."""

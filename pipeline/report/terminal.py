@@ -197,8 +197,7 @@ def show_bench(report: dict[str, Any]) -> None:
     bound = f"{run['share_of_limit']:.0%} of the limit, bound by {run['bound_by']}"
     table.add_row("end to end", _rate(run["images_per_s"]), bound)
     _print(table)
-    busy = ", ".join(f"{stage} {share:.0%}" for stage, share in run["busy"].items())
-    show_pairs([("busy", f"{busy} of their threads' time, end to end")])
+    show_pairs([("busy", f"{shares(run['busy'])} of their threads' time, end to end")])
     batch = machinery["batch_size"]
     table = _table("forward pass in", "ms an image", "ratio", f"peak memory for {batch}", "ratio")
     for mode, row in machinery["modes"].items():
