@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import errno
 import io
+import logging
 import os
 import random
 import re
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 8 << 20
 """Large objects are read in pieces of this size, `READ_AHEAD` of them ahead of need."""
@@ -481,6 +484,13 @@ def _list_any(fs: AbstractFileSystem, path: str, url: str) -> Iterator[tuple[str
     # `find` serves folder and file; asking `info` first would cost a request and see a folder as missing on many stores.
     listing = fs.glob if fsspec.core.has_magic(path) else fs.find
     for name, info in _retry(lambda: listing(path, detail=True), url).items():
+        if info.get("islink"):
+            if os.path.isdir(name):
+                logger.warning("%s: links to folders are not followed", name)
+                continue
+            if not os.path.exists(name):
+                raise StorageRefused(f"{name}: is a link to a file that is not there")
+            info = fs.info(name)  # of the file behind it, which a listing does not tell
         if info.get("type") == "file":
             yield name, info
 

@@ -61,11 +61,16 @@ class Batches:
         self._lock = threading.Lock()
 
     def place(self, count: int) -> list[tuple[Batch, int]]:
-        """The next `count` slots; waits for a batch to come back where there is none."""
-        slots = []
+        """The next slots, at most `count` and as many as there are; waits for a batch to come back where there are none.
+
+        Never waits with slots in hand: the batches that others wait for could be its own.
+        """
+        slots: list[tuple[Batch, int]] = []
         with self._lock:
-            for _ in range(count):
+            while len(slots) < count:
                 if self._open is None:
+                    if slots and self._free.empty():
+                        break
                     self._open = self._free.get()
                     self._open.reset(self._tuner.next())
                 batch = self._open

@@ -84,9 +84,9 @@ class Loop:
         self._results: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.tuner = Tuner([Way(backbone.program, size) for size in settings.batch_sizes])
         # What is computed (on a CPU one a worker, on a GPU one that is copied and one that runs), one that is being filled, one
-        # on its way back; and as many as one chunk can span, since a worker takes all slots of a chunk at once.
+        # on its way back.
         num_computed = settings.num_workers if backbone.device.type == "cpu" else 2
-        self._batches = Batches(backbone, self.tuner, num_computed + 2 + CHUNK_SAMPLES // min(settings.batch_sizes))
+        self._batches = Batches(backbone, self.tuner, num_computed + 2)
         self._writing: list[queue.Queue[Callable[[], None] | None]] = [queue.Queue(maxsize=4) for _ in range(NUM_WRITERS)]
 
         self._carried_rows = [CarriedRows(target) for _ in self._writing]
@@ -197,14 +197,16 @@ class Loop:
             num_bytes = sum(len(sample.image) for sample in chunk)
             with self.stages.time("decode"):
                 unknown = self._recognise(opened, chunk)
-            with self.stages.time("no_batch"):
-                slots = self._batches.place(len(unknown))
-            with self.stages.time("decode"):
-                self._decode(decoder, opened, unknown, slots)
+            while unknown:
+                with self.stages.time("no_batch"):
+                    slots = self._batches.place(len(unknown))
+                placed, unknown = unknown[: len(slots)], unknown[len(slots) :]
+                with self.stages.time("decode"):
+                    self._decode(decoder, opened, placed, slots)
+                for batch in dict.fromkeys(batch for batch, _ in slots):
+                    if batch.settle(sum(other is batch for other, _ in slots)):
+                        self._launch(batch)
             self._budget.release(num_bytes)
-            for batch in dict.fromkeys(batch for batch, _ in slots):
-                if batch.settle(sum(other is batch for other, _ in slots)):
-                    self._launch(batch)
             with self._lock:
                 self._num_undecided -= len(chunk)
             self._launch_rest()

@@ -1,6 +1,6 @@
 """Photographs to measure with: crops of the pictures in Debian's wallpaper packages, loose and in tars.
 
-    python tests/benchmarks/photographs.py DIR [--small 2000] [--large 300]
+    python tests/benchmarks/photographs.py DIR [--small 2000] [--large 900]
 
     DIR/small/NNNNNN.jpg   500 x 375, quality 95, about 58 kB: the shape of ImageNet      DIR/small-tar: 250 to a tar
     DIR/large/NNNNNN.jpg   2048 x 1536, quality 88, about 470 kB: the shape of a camera   DIR/large-tar: 50 to a tar
@@ -11,6 +11,7 @@ The same pictures on every call. A size that is there already stays as it is. Ne
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import subprocess
 import tarfile
@@ -46,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make photographs to measure with.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--small", type=int, default=2000)
-    parser.add_argument("--large", type=int, default=300)
+    parser.add_argument("--large", type=int, default=900)
     arguments = parser.parse_args()
     make(arguments.folder, {"small": arguments.small, "large": arguments.large})
 
@@ -103,11 +104,20 @@ def pack(files: list[Path], out: Path, per_shard: int) -> None:
 def select(folder: Path, name: str, number: int, out: Path) -> tuple[Path, Path, int]:
     """Folders with `number` photographs as tars and as loose files, and how many there are.
 
-    The folder's own where it has no more than that, otherwise an even selection of it under `out`.
+    The folder's own where it has as many, an even selection of it under `out` where it has more. Where it has fewer there are
+    several links to each of its tars, and the loose files are its own.
     """
     files = sorted((folder / name).glob("*.jpg"))
-    if len(files) <= number:
-        return folder / f"{name}-tar", folder / name, len(files)
+    if len(files) == number:
+        return folder / f"{name}-tar", folder / name, number
+    if len(files) < number:
+        tars, times = out / f"{name}-{number}-tar", number // len(files)
+        tars.mkdir(exist_ok=True)
+        for time, tar in itertools.product(range(times), (folder / f"{name}-tar").glob("*.tar")):
+            link = tars / f"{tar.stem}-{time}.tar"
+            if not link.exists():
+                link.symlink_to(tar.absolute())
+        return tars, folder / name, times * len(files)
     chosen = [files[position * len(files) // number] for position in range(number)]
     tars, images = out / f"{name}-{number}-tar", out / f"{name}-{number}"
     if not tars.exists():

@@ -190,6 +190,23 @@ def test_only_images_count(photos):
     assert keys(photos(files, image="txt")) == ["a.txt"]
 
 
+def test_links_to_files_are_files(photos, tmp_path):
+    (tmp_path / "elsewhere.jpg").write_bytes(jpeg())
+    source = photos({"a.jpg": jpeg()})
+    (photos.root / "b.jpg").symlink_to(tmp_path / "elsewhere.jpg")
+    assert keys(source) == ["a.jpg", "b.jpg"]
+    before = [shard.fingerprint for shard in source.shards()]
+    (tmp_path / "elsewhere.jpg").write_bytes(jpeg() + b"more")
+    assert [shard.fingerprint for shard in source.shards()] != before  # what counts is the file behind the link
+
+
+def test_link_to_nothing_is_named(photos):
+    source = photos({"a.jpg": jpeg()})
+    (photos.root / "b.jpg").symlink_to(photos.root / "gone.jpg")
+    with pytest.raises((SourceError, StorageError), match=r"b\.jpg: is a link to a file that is not there"):
+        list(source.shards())
+
+
 def test_label_is_the_folder(photos):
     made = photos({"cats/a.jpg": b"x", "dogs/big/b.jpg": b"x", "c.jpg": b"x"}, label="folder")
     assert [(field.name, field.type) for field in made.fields()] == [("label", pa.string())]

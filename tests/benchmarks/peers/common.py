@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import threading
@@ -99,16 +100,16 @@ class Stamps:
         os.write(file, line)
         os.close(file)
 
-    def steady_images_per_s(self, lanes: int) -> float | None:
-        """From the first batch to the last, with the images in between: neither start-up nor the end is in it.
-
-        Where `lanes` batches are computed at a time, the first one that counts is the one after so many.
-        """
+    def steady_images_per_s(self) -> float | None:
+        """From a third of the images to the last: neither start-up, nor what was decoded ahead of it, nor the end is in it."""
         lines = [line.split() for line in self.path.read_text().splitlines()] if self.path.exists() else []
         stamps = sorted((float(when), int(number)) for when, number in lines)
-        if len(stamps) <= lanes:
+        total = sum(number for _, number in stamps)
+        embedded = list(itertools.accumulate(number for _, number in stamps))
+        first = next((index for index, number in enumerate(embedded) if number >= total / 3), 0)
+        if first >= len(stamps) - 1:
             return None
-        return sum(number for _, number in stamps[lanes:]) / (stamps[-1][0] - stamps[lanes - 1][0])
+        return (total - embedded[first]) / (stamps[-1][0] - stamps[first][0])
 
 
 class Job:
@@ -117,7 +118,7 @@ class Job:
     def __init__(self, out: Path) -> None:
         self._stamps, self._start = Stamps(out), time.monotonic()
 
-    def done(self, num_images: int, *, lanes: int = 1, steady_images_per_s: float | None = None, **settings: Any) -> None:
+    def done(self, num_images: int, *, steady_images_per_s: float | None = None, **settings: Any) -> None:
         """Print the result as the last line of stdout.
 
         The steady rate is that of the stamps, where none is given.
@@ -127,7 +128,7 @@ class Job:
             "images": num_images,
             "job_s": job_s,
             "total_s": time.time() - _process_start(),
-            "steady_images_per_s": steady_images_per_s or self._stamps.steady_images_per_s(lanes),
+            "steady_images_per_s": steady_images_per_s or self._stamps.steady_images_per_s(),
             "settings": settings,
         }
         print(json.dumps(result), flush=True)

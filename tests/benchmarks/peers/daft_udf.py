@@ -64,7 +64,6 @@ def main() -> None:
     num_images = sum(pq.read_metadata(file).num_rows for file in Path(arguments.out).rglob("*.parquet"))
     job.done(
         num_images,
-        lanes=arguments.instances,
         instances=arguments.instances,
         threads=arguments.threads,
         processes=bool(arguments.processes),

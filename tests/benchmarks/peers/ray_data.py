@@ -65,7 +65,6 @@ def main() -> None:
     dataset.write_parquet(str(arguments.out))
     job.done(
         sum(1 for _ in _rows(arguments.out)),
-        lanes=arguments.actors,
         actors=arguments.actors,
         threads=arguments.threads,
         actor_cpus=arguments.actor_cpus / 100,
