@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline import config
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, PipelineError, printable
 
 if TYPE_CHECKING:
     from pipeline.dataset.table import Table
@@ -43,6 +43,9 @@ def run(
     allow_removals: Annotated[
         bool, typer.Option("--allow-removals", help="Commit even if more than run.max_removed of the rows vanish.")
     ] = False,
+    retry_quarantined: Annotated[
+        bool, typer.Option("--retry-quarantined", help="Try the samples again that are in quarantine, and only those.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Bring the dataset up to date and train the probe. Doing it again does nothing.
@@ -56,7 +59,8 @@ def run(
 
         with terminal.Watch() as watch:
             try:
-                report |= driver.run(settings, allow_removals=allow_removals, observer=watch).as_json()
+                wishes = {"allow_removals": allow_removals, "retry_quarantined": retry_quarantined}
+                report |= driver.run(settings, **wishes, observer=watch).as_json()
             except PipelineError as error:
                 summary = getattr(error, "summary", None)
                 report |= summary.as_json() if summary is not None else {}
@@ -271,9 +275,16 @@ def schema(as_json: AsJson = False) -> None:
     typer.echo(json.dumps(config.json_schema(), indent=None if as_json else 2))
 
 
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def main() -> None:
     """Entry point of the console script."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     sys.path.insert(0, "")  # python/module:function finds modules of the working directory, as `python -m` would
     app()
 
@@ -286,7 +297,7 @@ def _reporting(as_json: bool) -> Iterator[dict[str, Any]]:
     try:
         yield report
     except PipelineError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {printable(str(error))}", err=True)
         report["error"] = str(error)
         code = error.exit_code
     except KeyboardInterrupt:

@@ -234,10 +234,15 @@ class Run(Section):
     """Share of a GPU that one actor takes; `auto` is a whole one where the cluster has GPUs."""
     max_failed: Annotated[float, Field(ge=0, le=1), _NUMBER] = 0.01
     """Share of the samples read in this run that may be quarantined; ten always may."""
+    max_failed_samples: Annotated[int, Field(ge=0), _NUMBER] | None = None
+    """However many were read, no more than so many may be quarantined."""
     max_removed: Annotated[float, Field(ge=0, le=1), _NUMBER] = 0.2
     """Share of the dataset's rows that may vanish in one run without --allow-removals."""
     max_attempts: Annotated[int, Field(ge=1, le=100), _NUMBER] = 3
-    """How often a shard is tried before it counts as failed."""
+    """How often a shard is tried before it counts as failed: passing faults of the store, and actors that died with nothing
+    else in hand."""
+    decode_timeout_s: Annotated[float, Field(ge=1), _NUMBER] = 60.0
+    """A picture that takes longer to decode is given up, and with it the actor that is stuck on it."""
 
 
 class Probe(Section):

@@ -171,10 +171,10 @@ class Goal:
         )
         return cls(source=source, target=target)
 
-    def plan(self) -> tuple[Table | None, Plan]:
+    def plan(self, *, retry_quarantined: bool = False) -> tuple[Table | None, Plan]:
         """The newest version, and what is to be done on top of it."""
         current = Table.open(self.target.store, self.target.url)
-        return current, plan.make(self.source.shards(), current, self.target)
+        return current, plan.make(self.source.shards(), current, self.target, retry_quarantined=retry_quarantined)
 
 
 def make_plan(settings: config.Config) -> tuple[Table | None, Plan]:
@@ -182,12 +182,29 @@ def make_plan(settings: config.Config) -> tuple[Table | None, Plan]:
     return Goal.of(_absolute(settings)).plan()
 
 
-def run(settings: config.Config, *, allow_removals: bool = False, observer: Observer | None = None) -> Summary:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What one run is asked to do beyond its config."""
+
+    allow_removals: bool = False
+    """Commit even if more than `run.max_removed` of the rows vanish."""
+    retry_quarantined: bool = False
+    """Try the samples again that are in quarantine, in unchanged shards too."""
+
+
+def run(
+    settings: config.Config,
+    *,
+    allow_removals: bool = False,
+    retry_quarantined: bool = False,
+    observer: Observer | None = None,
+) -> Summary:
     """Bring the dataset up to date with source and config, and train the probe. Doing it again does nothing.
 
     Args:
         settings: the config.
         allow_removals: commit even if more than `run.max_removed` of the rows vanish.
+        retry_quarantined: try the samples again that are in quarantine, in unchanged shards too.
         observer: is told how it comes along.
 
     Raises:
@@ -196,6 +213,7 @@ def run(settings: config.Config, *, allow_removals: bool = False, observer: Obse
     """
     start, started_at = time.monotonic(), time.time()
     settings = _absolute(settings)
+    wishes = Wishes(allow_removals=allow_removals, retry_quarantined=retry_quarantined)
     crew = _Crew(settings)
     try:
         goal = Goal.of(settings, crew)
@@ -206,7 +224,7 @@ def run(settings: config.Config, *, allow_removals: bool = False, observer: Obse
     summary.started_at = started_at
     try:
         with crew:
-            _refresh(settings, goal, summary, crew, allow_removals, observer)
+            _refresh(settings, goal, summary, crew, wishes, observer)
         if settings.probe is not None and summary.version is not None:
             summary.probe = _probe(settings, settings.probe, goal, summary)
     except PipelineError as error:
@@ -239,14 +257,14 @@ class _Crew(contextlib.ExitStack):
 
 
 def _refresh(
-    settings: config.Config, goal: Goal, summary: Summary, crew: _Crew, allow_removals: bool, observer: Observer | None
+    settings: config.Config, goal: Goal, summary: Summary, crew: _Crew, wishes: Wishes, observer: Observer | None
 ) -> None:
     """Plan, extract and commit; again when another run committed in between."""
     for attempt in range(COMMIT_ATTEMPTS):
-        current, todo = goal.plan()
+        current, todo = goal.plan(retry_quarantined=wishes.retry_quarantined)
         summary.reasons = todo.reasons
         # What is gone may have moved to new shards: then only the check before the commit can tell.
-        if not allow_removals and not todo.num_new and todo.removed_share > settings.run.max_removed:
+        if not wishes.allow_removals and not todo.num_new and todo.removed_share > settings.run.max_removed:
             raise _too_many_removed(todo.removed_share, settings)
         if attempt == 0:
             # Before hours of work: whether the output can be written at all.
@@ -259,7 +277,7 @@ def _refresh(
             summary.adopted = todo.adopt  # later attempts adopt what this run itself has just extracted
         summary.num_unchanged, summary.num_removed = len(todo.unchanged), len(todo.removed)
         try:
-            summary.version, summary.committed = _merge(settings, goal, current, todo, finished, summary, allow_removals)
+            summary.version, summary.committed = _merge(settings, goal, current, todo, finished, summary, wishes)
             break
         except CommitConflict as conflict:
             if attempt == COMMIT_ATTEMPTS - 1:
@@ -304,7 +322,7 @@ def _merge(
     todo: Plan,
     finished: list[Partition],
     summary: Summary,
-    allow_removals: bool,
+    wishes: Wishes,
 ) -> tuple[int | None, bool]:
     """Check what was finished and commit it; the version that stands now, and whether it is a new one.
 
@@ -320,7 +338,7 @@ def _merge(
     if not finished and not remove:
         return version, False
     _check_budget(settings, finished)
-    if not allow_removals:
+    if not wishes.allow_removals:
         _check_shrinkage(settings, summary.num_rows, remove, finished)
     with ThreadPoolExecutor(16) as threads:
         for _ in threads.map(lambda each: partition.check(goal.target, each), finished):
@@ -337,12 +355,16 @@ def _check_budget(settings: config.Config, finished: list[Partition]) -> None:
     num_read = sum(each.num_read for each in finished)
     num_quarantined = sum(each.num_quarantined for each in finished)
     allowed = max(ALWAYS_ALLOWED, int(settings.run.max_failed * num_read))
+    limit = f"run.max_failed = {settings.run.max_failed}"
+    if settings.run.max_failed_samples is not None and settings.run.max_failed_samples < allowed:
+        allowed = settings.run.max_failed_samples
+        limit = f"run.max_failed_samples = {allowed}"
     if num_quarantined > allowed:
         worst = max(finished, key=lambda each: each.num_quarantined)
         raise BudgetExceeded(
-            f"{num_quarantined} of {num_read} samples cannot be embedded, run.max_failed = {settings.run.max_failed} allows "
+            f"{num_quarantined} of {num_read} samples cannot be embedded, {limit} allows "
             f"{allowed}; nothing was committed; most are in {worst.shard} ({worst.num_quarantined} of {worst.num_read}). "
-            "Mend the source, or raise run.max_failed and run again: finished shards are kept for that"
+            f"Mend the source, or raise {limit.partition(' ')[0]} and run again: finished shards are kept for that"
         )
 
 

@@ -114,8 +114,20 @@ class SampleError(PipelineError):
         self.error = error
         self.message = message
 
+    @classmethod
+    def of(cls, error: Exception) -> SampleError:
+        """What a decoder raised, as the refusal of its picture: whatever it was, it may not end the loop."""
+        return error if isinstance(error, cls) else cls("decode", type(error).__name__, f"cannot be decoded: {error}")
+
 
 def nearest(name: str, names: Iterable[str], count: int = 5) -> str:
     """`did you mean a, b, c?` for a name that does not exist; empty when nothing is near."""
     found = difflib.get_close_matches(name, list(names), n=count, cutoff=0.4)
     return f"did you mean {', '.join(found)}?" if found else ""
+
+
+def printable(text: str) -> str:
+    """Text that may hold names from data, for a terminal or a log: what would steer it or turn a line round is spelled out."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode() for each in text)

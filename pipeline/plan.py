@@ -78,11 +78,15 @@ class Plan:
         return sum(entry.num_rows for entry in self.removed) / before if before else 0.0
 
 
-def make(shards: Iterable[Shard], table: Table | None, target: Target) -> Plan:
+def make(shards: Iterable[Shard], table: Table | None, target: Target, *, retry_quarantined: bool = False) -> Plan:
     """Compare the source's shards with a version of the dataset (None: there is none yet).
 
     Args:
         shards: the source's listing; a shard that is listed twice counts once.
+        table: the version.
+        target: what the dataset shall be.
+        retry_quarantined: extract unchanged shards again that have samples in quarantine. Their rows are carried over, so that
+            only those samples are tried.
     """
     plan, recipe, layout = Plan(), target.recipe, target.layout
     if table is not None:
@@ -90,6 +94,7 @@ def make(shards: Iterable[Shard], table: Table | None, target: Target) -> Plan:
         plan.reasons += [f"layout: {each}" for each in differences(table.layout_fields, layout.fields)]
     committed = {entry.shard: entry for entry in table.entries} if table is not None else {}
     wanted: dict[str, Shard] = {}
+    to_beat: dict[str, int] = {}
     seen: set[str] = set()
     for shard in shards:
         if shard.url in seen:
@@ -98,8 +103,10 @@ def make(shards: Iterable[Shard], table: Table | None, target: Target) -> Plan:
         entry = committed.pop(shard.url, None)
         want = (shard.fingerprint, recipe.recipe_id, layout.layout_id)
         if entry is not None and (entry.fingerprint, entry.recipe_id, entry.layout_id) == want:
-            plan.unchanged.append(entry)
-            continue
+            if not (retry_quarantined and entry.num_quarantined):
+                plan.unchanged.append(entry)
+                continue
+            to_beat[shard.url] = entry.num_quarantined
         if entry is None:
             plan.num_new += 1
         else:
@@ -107,7 +114,7 @@ def make(shards: Iterable[Shard], table: Table | None, target: Target) -> Plan:
         wanted[target.identity(shard.url, shard.fingerprint)] = shard
     plan.removed = list(committed.values())
     if wanted:
-        plan.adopt = list(_adoptable(wanted, target))
+        plan.adopt = list(_adoptable(wanted, target, to_beat))
     adopted = {each.shard for each in plan.adopt}
     previous = {entry.shard: entry.path for entry in plan.replaced if entry.recipe_id == recipe.recipe_id}
     plan.extract = [
@@ -116,8 +123,11 @@ def make(shards: Iterable[Shard], table: Table | None, target: Target) -> Plan:
     return plan
 
 
-def _adoptable(wanted: dict[str, Shard], target: Target) -> Iterator[Partition]:
-    """Finished partitions of the wanted work, one for each shard: a name that fits, young enough, and a footer that agrees."""
+def _adoptable(wanted: dict[str, Shard], target: Target, to_beat: dict[str, int]) -> Iterator[Partition]:
+    """Finished partitions of the wanted work, one for each shard: a name that fits, young enough, and a footer that agrees.
+
+    Where the committed partition is of the same work, one that has fewer samples in quarantine than it: `to_beat`, by shard.
+    """
     oldest = time.time() - ADOPT_WITHIN.total_seconds()
     listing = target.store.list(join(target.url, partition.DATA_FOLDER), missing_ok=True)
     files = [file for file in listing if partition.identity_of(file.url) in wanted and file.modified > oldest]
@@ -137,6 +147,8 @@ def _adoptable(wanted: dict[str, Shard], target: Target) -> Iterator[Partition]:
             if candidate is None or name is None or name in found:
                 continue
             shard = wanted[name]
+            if candidate.num_quarantined >= to_beat.get(shard.url, candidate.num_quarantined + 1):
+                continue
             if candidate.shard == shard.url and candidate.fingerprint == shard.fingerprint and candidate.reconciles:
                 found.add(name)
                 yield candidate

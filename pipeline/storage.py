@@ -211,8 +211,8 @@ class Store:
         self._check_version(file)
         return cast(BinaryIO, io.BufferedReader(_Pieces(self, file), buffer_size=1 << 16))
 
-    def blocks(self, file: FileStat) -> Iterator[bytes]:
-        """The object that was listed from its first byte to its last, in large blocks that are read ahead of need.
+    def blocks(self, file: FileStat, start: int = 0) -> Iterator[bytes]:
+        """The object that was listed from byte `start` to its last, in large blocks that are read ahead of need.
 
         Raises:
             ShardChanged: the object is no longer the one that was listed.
@@ -221,13 +221,16 @@ class Store:
         fs, path = self.locate(file.url)
         if _is_local(fs):
             with self._open_local(file, path) as handle:
+                handle.seek(start)
                 while block := handle.read(LOCAL_BLOCK_BYTES):
                     yield block
             return
         self._check_version(file)
+        first, passed = divmod(start, PIECE_BYTES)
         with _Pieces(self, file) as pieces:
-            for number in range(-(-file.num_bytes // PIECE_BYTES)):
-                yield pieces.piece(number)
+            for number in range(first, -(-file.num_bytes // PIECE_BYTES)):
+                piece = pieces.piece(number)
+                yield piece[passed:] if number == first else piece
 
     def read_files(self, files: Sequence[FileStat]) -> Iterator[bytes]:
         """The whole of small objects that were listed, in order, requested ahead of need.
@@ -557,8 +560,9 @@ def _version(fs: AbstractFileSystem, path: str, info: dict[str, Any]) -> str:
         if info.get(name):
             return f"etag:{str(info[name]).strip(chr(34))}"
     for name in ("mtime", "LastModified", "last_modified", "created", "updated"):
-        if info.get(name):
-            return f"stat:{info[name]}"
+        if when := info.get(name):
+            # A listing and a question for one file may give the same time as different types.
+            return f"stat:{when.timestamp() if isinstance(when, datetime.datetime) else when}"
     return "stat:"
 
 

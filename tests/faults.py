@@ -23,6 +23,8 @@ from typing import Self
 from urllib.parse import unquote, urlsplit
 
 RECORDED_HEADERS = ("range", "if-match", "if-none-match")
+SLOW_STEP_S = 0.05
+"""Pause between the pieces of a slow response."""
 
 
 @dataclass(slots=True)
@@ -57,6 +59,8 @@ class Response:
     body: bytes
     cut: bool = False
     """Whether the connection is closed after it."""
+    bytes_per_s: float | None = None
+    """How fast it is sent; None as fast as it goes."""
 
 
 Forward = Callable[[], Awaitable[Response]]
@@ -112,6 +116,17 @@ def truncate(num_bytes: int) -> Action:
     async def action(request: Request, forward: Forward) -> Response:
         response = await forward()
         response.body, response.cut = response.body[:num_bytes], True
+        return response
+
+    return action
+
+
+def slow(bytes_per_s: float) -> Action:
+    """Send the response no faster than this."""
+
+    async def action(request: Request, forward: Forward) -> Response:
+        response = await forward()
+        response.bytes_per_s = bytes_per_s
         return response
 
     return action
@@ -256,7 +271,15 @@ class FaultProxy:
         request.status, request.num_bytes = response.status, len(response.body)
         lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}"]
         lines += [f"{name}: {value}" for name, value in response.headers.items()]
-        writer.write("\r\n".join([*lines, "", ""]).encode("latin-1") + response.body)
+        payload = "\r\n".join([*lines, "", ""]).encode("latin-1") + response.body
+        if response.bytes_per_s is not None:
+            piece = max(1, int(response.bytes_per_s * SLOW_STEP_S))
+            while len(payload) > piece:
+                writer.write(payload[:piece])
+                await writer.drain()
+                payload = payload[piece:]
+                await asyncio.sleep(SLOW_STEP_S)
+        writer.write(payload)
         await writer.drain()
         return not response.cut and "close" not in (headers.get("connection"), response.headers.get("connection"))
 

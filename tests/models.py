@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import torch
 from torch import nn
 
@@ -120,3 +123,17 @@ def wide() -> nn.Module:
 class _Wide(nn.Module):
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         return torch.flatten(images_BCHW[:, :, ::2, ::2], 1)
+
+
+class _Kills(Breaks):
+    """Ends its process for a white picture, as a driver may that is given what it cannot bear."""
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        pooled_BC11: torch.Tensor = self.pool(images_BCHW)
+        if pooled_BC11.amin(dim=1).max() > 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return pooled_BC11
+
+
+def kills() -> nn.Module:
+    return _Kills()

@@ -77,7 +77,7 @@ MISTAKES = [
     (
         "run/zzz",
         8,
-        "run.zzz: unknown key; allowed are batch_size, max_attempts, max_failed, max_removed, num_gpus, optimize, ",
+        "run.zzz: unknown key; allowed are batch_size, decode_timeout_s, max_attempts, max_failed, max_failed_samples, ",
     ),
     ("probe/C", 1.0, "probe.C: unknown key; allowed are label, node, seed, standardize, test, validation"),
     ("source/storage/endpoint", "x", "source.storage.endpoint: unknown key; did you mean endpoint_url"),

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pytest
 import s3fs
 from deltalake import DeltaTable, write_deltalake
-from faults import FaultProxy, Request, Rule, delay, drop, hold, rewrite, status, swallow, truncate
+from faults import FaultProxy, Request, Rule, delay, drop, hold, rewrite, slow, status, swallow, truncate
 from s3 import S3Server
 
 numbers = itertools.count()
@@ -356,6 +356,15 @@ def test_delay(raw: RawClient, proxy: FaultProxy, photo: str) -> None:
     started = time.monotonic()
     assert raw("get", photo).read() == b"0123456789"
     assert time.monotonic() - started >= 0.3
+
+
+def test_slow(raw: RawClient, proxy: FaultProxy, photo: str) -> None:
+    proxy.add(Rule(anything, slow(1000)))
+    started = time.monotonic()
+    response = raw("get", photo)
+    assert response.read() == b"0123456789"
+    num_bytes = len(str(response.headers).encode()) + 10
+    assert time.monotonic() - started >= num_bytes / 1000 - 0.1
 
 
 def test_truncate(raw: RawClient, proxy: FaultProxy, photo: str) -> None:

@@ -14,7 +14,6 @@ import os
 import pickle
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.extract import child
 from pipeline.extract.backbone import Backbone, Spec
 from pipeline.recipe import digest
 
@@ -39,8 +39,6 @@ EXPECTED_GAIN = 0.3
 """Share of the forward passes' time that compiling can be hoped to save; 0 to 0.6 in the models tried."""
 COMPILE_TIMEOUT_S = 1800.0
 CPU_SUFFIX = ".so"
-PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl: be sent a signal when the thread that started this process ends."""
 
 
 def is_worth_compiling(forward_s: float) -> bool:
@@ -82,14 +80,13 @@ def compiled(order: Order) -> Path | None:
     with _only_one(order.path.with_suffix(".lock")):
         if order.path.exists():
             return order.path
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         start = time.monotonic()
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "pipeline.extract.aot"],
                 input=pickle.dumps(order),
                 capture_output=True,
-                env=environment,
+                env=child.environment(),
                 timeout=COMPILE_TIMEOUT_S,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -182,8 +179,7 @@ class _Flat(nn.Module):
 def _compile(order: Order) -> None:
     """Build the model again and compile it, in a process of its own."""
     os.nice(10)  # the loop goes first
-    if sys.platform == "linux":  # and when it ends, nobody waits for this any more
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    child.die_with_parent()  # and when it ends, nobody waits for this any more
     torch.set_num_threads(1)
     backbone = Backbone(order.spec, order.device)
     options: dict[str, Any] = {"freezing": True}

@@ -36,6 +36,8 @@ class Task:
     shard: Shard
     previous: str | None = None
     """Path of a partition of the same recipe; its rows are carried over where their content is unchanged."""
+    is_suspect: bool = False
+    """An actor died that had nothing else in hand: its pictures are decoded in a process of their own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,11 +32,12 @@ from numpy.typing import NDArray
 
 from pipeline.dataset import partition
 from pipeline.dataset.partition import Partition, Quarantined, Target
-from pipeline.errors import SampleError
+from pipeline.errors import SampleError, WorldError
 from pipeline.extract.backbone import Backbone, Pass
 from pipeline.extract.batches import Batch, Batches, ByteBudget
 from pipeline.extract.carry import NOTHING_KNOWN, CarriedRows, KnownRows, Task, known_rows
 from pipeline.extract.decode import Decoder
+from pipeline.extract.isolated import IsolatedDecoder
 from pipeline.extract.rows import OpenShard, Row, columns
 from pipeline.extract.tune import Tuner, Way
 from pipeline.metrics import Stages
@@ -55,6 +56,8 @@ NUM_FETCHERS = 2
 NUM_WRITERS = 2
 MAX_WAITING_ROWS = 20_000
 """Rows of a shard that wait for an earlier one."""
+WATCH_S = 1.0
+"""How often somebody looks whether a picture is stuck."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +68,10 @@ class Settings:
     batch_sizes: Sequence[int]
     """Those to choose from by measurement."""
     num_workers: int
+    decode_timeout_s: float = 60.0
+    """For one picture."""
+    decode_imports: Sequence[str] = ()
+    """See `IsolatedDecoder`."""
 
 
 class Loop:
@@ -104,8 +111,11 @@ class Loop:
         self._num_undecided = 0
         """Samples that were fetched and have neither a row in a batch nor an error yet."""
         self._failure: BaseException | None = None
+        self._decoding: dict[int, tuple[float, Row]] = {}
+        """By thread: the picture that it has in hand, and since when."""
+        self._closed = threading.Event()
 
-        roles = [self._fetch] * NUM_FETCHERS + [self._work] * settings.num_workers + [self._route]
+        roles = [self._fetch] * NUM_FETCHERS + [self._work] * settings.num_workers + [self._route, self._watch]
         self._threads = [threading.Thread(target=self._guarded, args=(role,), daemon=True) for role in roles]
         self._threads += [threading.Thread(target=self._guarded, args=(self._write, q), daemon=True) for q in self._writing]
         for thread in self._threads:
@@ -114,7 +124,7 @@ class Loop:
     def submit(self, task: Task) -> Future[Partition]:
         """Extract one shard. The future has its partition, or the error that the shard failed with."""
         with self._lock:
-            opened = OpenShard(task.shard, task.previous, self._num_opened % NUM_WRITERS)
+            opened = OpenShard(task.shard, task.previous, self._num_opened % NUM_WRITERS, task.is_suspect)
             self._open.add(opened)
             self._num_opened += 1
             self._num_unread += 1
@@ -126,6 +136,7 @@ class Loop:
 
     def close(self) -> None:
         """Stop the threads. Call it when every future is done."""
+        self._closed.set()
         for _ in range(NUM_FETCHERS):
             self._shards.put(None)
         for _ in range(self._settings.num_workers):
@@ -136,7 +147,7 @@ class Loop:
         for thread in self._threads:
             thread.join()
 
-    # The four kinds of threads
+    # The five kinds of threads
 
     def _fetch(self) -> None:
         """Read shards as chunks of samples."""
@@ -177,17 +188,22 @@ class Loop:
 
     def _work(self) -> None:
         """Decode samples into slots, and launch the batches that are full."""
-        with torch.inference_mode():
-            self._work_through_samples()
-
-    def _work_through_samples(self) -> None:
         if self._backbone.device.type == "cpu":
             torch.set_num_threads(1)  # this thread is a lane: a second level of threads would only spin
-        decoder = Decoder(
-            self._backbone.preprocess,
-            fast=self._settings.decode == "fast",
-            max_pixels=self._source.settings.max_pixels,
+        settings, preprocess = self._settings, self._backbone.preprocess
+        fast, max_pixels = settings.decode == "fast", self._source.settings.max_pixels
+        decoder = Decoder(preprocess, fast=fast, max_pixels=max_pixels)
+        isolated = IsolatedDecoder(
+            preprocess,
+            fast=fast,
+            max_pixels=max_pixels,
+            imports=settings.decode_imports,
+            timeout_s=settings.decode_timeout_s,
         )
+        with torch.inference_mode(), contextlib.closing(isolated):
+            self._work_through_samples(decoder, isolated)
+
+    def _work_through_samples(self, decoder: Decoder, isolated: IsolatedDecoder) -> None:
         while True:
             with self.stages.time("no_sample"):
                 item = self._samples.get()
@@ -202,7 +218,7 @@ class Loop:
                     slots = self._batches.place(len(unknown))
                 placed, unknown = unknown[: len(slots)], unknown[len(slots) :]
                 with self.stages.time("decode"):
-                    self._decode(decoder, opened, placed, slots)
+                    self._decode(isolated if opened.is_suspect else decoder, placed, slots)
                 for batch in dict.fromkeys(batch for batch, _ in slots):
                     if batch.settle(sum(other is batch for other, _ in slots)):
                         self._launch(batch)
@@ -229,17 +245,29 @@ class Loop:
                 self._results.put(lambda row=row: self._carried(row))  # type: ignore[misc]
         return unknown
 
-    def _decode(self, decoder: Decoder, opened: OpenShard, rows: list[Row], slots: list[tuple[Batch, int]]) -> None:
+    def _decode(self, decoder: Decoder | IsolatedDecoder, rows: list[Row], slots: list[tuple[Batch, int]]) -> None:
         """Give every row its picture in a batch, or an error."""
+        thread = threading.get_ident()
         for row, (batch, slot) in zip(rows, slots, strict=True):
+            if not row.opened.is_suspect:
+                self._decoding[thread] = (time.monotonic(), row)
             try:
                 row.width, row.height = decoder(row.sample.image, batch.slots[slot])
                 batch.rows[slot] = row
-            except SampleError as error:
-                self._refuse(opened, row.sample, error)
-            except Exception as error:  # no picture, whatever it is, may end the loop; the failure budget bounds what it hides
-                self._refuse(opened, row.sample, SampleError("decode", type(error).__name__, f"cannot be decoded: {error}"))
+            except WorldError:
+                raise
+            except Exception as error:  # the failure budget bounds what this hides
+                self._refuse(row.opened, row.sample, SampleError.of(error))
             row.sample.image = b""
+        self._decoding.pop(thread, None)
+
+    def _watch(self) -> None:
+        """Give the loop up when a picture is stuck: no thread can be ended, but this process can."""
+        while not self._closed.wait(WATCH_S):
+            for since, row in list(self._decoding.values()):
+                if time.monotonic() - since > self._settings.decode_timeout_s:
+                    where = f"{row.opened.shard.url}: the picture {row.sample.key!r} (number {row.sample.index})"
+                    raise TimeoutError(f"{where} takes longer than {self._settings.decode_timeout_s:g} s to decode")
 
     def _refuse(self, opened: OpenShard, sample: Sample, error: SampleError) -> None:
         sample.image = b""

@@ -36,6 +36,12 @@ def build(settings: config.Backbone) -> tuple[nn.Module, Preprocess]:
     return model, settings.preprocess or preprocess
 
 
+def modules(settings: config.Backbone) -> tuple[str, ...]:
+    """What a model of the user's own is imported from; none for those of a library."""
+    provider, _, name = settings.model.partition("/")
+    return (name.partition(":")[0],) if provider == "python" else ()
+
+
 def cut(model: nn.Module, nodes: Mapping[str, config.Node]) -> nn.Module:
     """The part of the model's graph that the nodes need, returning a dictionary of column to raw output.
 

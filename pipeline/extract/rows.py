@@ -45,6 +45,8 @@ class OpenShard:
     shard: Shard
     previous: str | None
     writer_number: int
+    is_suspect: bool = False
+    """See `Task`."""
     future: Future[Partition] = field(default_factory=Future)
     known: KnownRows = NOTHING_KNOWN
     rows: dict[int, Row | None] = field(default_factory=dict)

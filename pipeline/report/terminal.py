@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline import metrics
+from pipeline.errors import printable
 
 if TYPE_CHECKING:
     from pipeline.extract.actors import Result
@@ -89,7 +90,7 @@ class Watch:
 
     def note(self, text: str) -> None:
         """A line for a person."""
-        self._console.print(Text(text), highlight=False, soft_wrap=True)
+        self._console.print(Text(printable(text)), highlight=False, soft_wrap=True)
 
     def _stop_bar(self) -> None:
         if self._bar is not None:
@@ -204,7 +205,7 @@ def show_bench(report: dict[str, Any]) -> None:
         ratios = [f"{row[name]:.2f}" if name in row else "" for name in ("seconds_ratio", "memory_ratio")]
         table.add_row(mode, f"{row['seconds_per_image'] * 1000:.2f}", ratios[0], size(row["peak_bytes"]), ratios[1])
     for mode, reason in machinery["failed"].items():
-        table.add_row(mode, Text(f"failed: {reason}"))
+        table.add_row(mode, Text(printable(f"failed: {reason}")))
     _print(table)
     show_pairs([("", ""), ("medians", f"of {report['rounds']} rounds and of {machinery['passes']} passes")])
 
@@ -234,7 +235,7 @@ def show_pairs(rows: list[tuple[str, str]]) -> None:
     console = Console(highlight=False)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        console.print(Text.assemble((name.ljust(width), "bold"), "  ", value), soft_wrap=True)
+        console.print(Text.assemble((name.ljust(width), "bold"), "  ", printable(value)), soft_wrap=True)
 
 
 def size(num_bytes: float) -> str:

@@ -107,8 +107,10 @@ def _open(handle: Any, url: str) -> pq.ParquetFile:
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(handle, buffer_size=BUFFER_BYTES, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
+        file = pq.ParquetFile(handle, buffer_size=BUFFER_BYTES, pre_buffer=False)
+        _ = file.schema_arrow  # made when it is first asked for
+        return file
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise ShardError(f"{url}: not a readable Parquet file: {error}") from None
 
 
@@ -119,10 +121,13 @@ def _field(schema: pa.Schema, path: str, where: str) -> pa.Field:
     field: pa.Field | None = None
     children: list[pa.Field] = list(schema)
     for name in path.split("."):
-        field = next((child for child in children if child.name == name), None)
-        if field is None:
+        found = [child for child in children if child.name == name]
+        if not found:
             names = [child.name for child in children]
             raise ConfigError(f"{where}: there is no column {path!r}; {nearest(name, names) or 'it has ' + ', '.join(names)}")
+        if len(found) > 1:
+            raise ConfigError(f"{where}: there are {len(found)} columns {name!r}")
+        field = found[0]
         children = list(field.type) if pa.types.is_struct(field.type) else []
     assert field is not None
     return field

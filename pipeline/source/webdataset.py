@@ -123,5 +123,5 @@ def _split(name: str) -> tuple[str, str] | None:
     stem, dot, extension = base.partition(".")
     if not stem or not dot:
         return None
-    key = folder + slash + stem
-    return key if key.isascii() else printable(key), extension.lower()
+    key, extension = folder + slash + stem, extension.lower()
+    return (key, extension) if name.isascii() else (printable(key), printable(extension))

@@ -106,6 +106,9 @@ class TestRows:
                 driver.run(wanted)
             with pytest.raises(DatasetError, match="no dataset yet"):
                 pipeline.open_dataset(str(tmp_path / "out"))
+        counted = settings(f"{tmp_path}/shards/*.tar", tmp_path / "out", run__max_failed=0.2, run__max_failed_samples=10)
+        with pytest.raises(BudgetExceeded, match=r"11 of 100 .*run.max_failed_samples = 10 allows 10"):
+            driver.run(counted)
         allowed = settings(f"{tmp_path}/shards/*.tar", tmp_path / "out", run__max_failed=0.2)
         summary = driver.run(allowed)
         assert len(summary.adopted) == 2
@@ -227,7 +230,7 @@ class TestFaults:
         Image.new("RGB", (64, 64), "white").save(white, "PNG")
         write_shards(tmp_path / "shards", [*_digits(3), white.getvalue()], 10, "png")
         model = {"backbone__model": "python/models:breaks", "backbone__nodes": {"embedding": {"node": "pool"}}}
-        with pytest.raises(IncompleteRun, match=r"1 of 1 shards failed .*000\.tar: the actor broke: the device fell over"):
+        with pytest.raises(IncompleteRun, match=r"1 of 1 shards failed .*000\.tar: its actor broke: the device fell over"):
             driver.run(settings(f"{tmp_path}/shards/*.tar", tmp_path / "out", **model))
 
     def test_an_empty_source_is_the_users_mistake(self, tmp_path: Path) -> None:

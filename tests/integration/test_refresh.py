@@ -109,6 +109,25 @@ def test_what_moves_is_not_computed_again(bucket: Bucket) -> None:
     assert sorted(opened(bucket).keys()) == [f"{number:05d}" for number in range(60)]
 
 
+def test_only_what_is_in_quarantine_is_tried_again(bucket: Bucket) -> None:
+    images = noise(30)
+    images[14] = noise(1, seed=1, side=64)[0]
+    bucket.fill(images, 10)
+    strict, lenient = bucket.config(source__max_pixels=1000), bucket.config()
+    driver.run(strict)
+    (refused,) = opened(bucket).quarantine()
+    assert (refused.key, refused.error) == ("00014", "TooManyPixels")
+
+    again = driver.run(strict, retry_quarantined=True)
+    assert numbers(again) == (0, 9) and again.num_unchanged == 2
+    assert [row.key for row in opened(bucket).quarantine()] == ["00014"]
+    assert not driver.run(lenient).committed  # nothing changed that a refresh would notice
+    healed = driver.run(lenient, retry_quarantined=True)
+    assert numbers(healed) == (1, 9) and healed.num_unchanged == 2
+    assert opened(bucket).quarantine() == [] and len(opened(bucket)) == 30
+    assert not driver.run(lenient, retry_quarantined=True).committed
+
+
 def test_a_label_alone_changes_rows_and_computes_nothing(bucket: Bucket) -> None:
     images = noise(20)
     bucket.fill(images, 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 import tracemalloc
@@ -16,6 +17,7 @@ import pipeline.errors
 import pipeline.storage
 from pipeline import config
 from pipeline.source import Source, tar
+from pipeline.storage import FileStat, Store
 
 NAMES = st.one_of(
     st.text("abc/.é", min_size=1, max_size=12).filter(lambda name: name.strip("/.")),
@@ -37,26 +39,13 @@ def archive(members: list[tuple[str, bytes]], form: int, mtime: float = 0, kinds
     return file.getvalue()
 
 
-def read(path: Path, content: bytes) -> tuple[list[tuple[str, int | None, bytes]], bool]:
-    """Name, offset and content of every member, and whether Python's reader was needed."""
+def read(path: Path, content: bytes) -> list[tuple[str, int | None, bytes]]:
+    """Name, offset and content of every member."""
     path.write_bytes(content)
     source = Source(config.Source(url=str(path)))
     (shard,) = source.shards()
-    needed = []
-    original = tar._any_members
-
-    def watched(*arguments: object) -> object:
-        needed.append(True)
-        return original(*arguments)  # type: ignore[arg-type]
-
-    tar._any_members = watched  # type: ignore[assignment]
-    try:
-        found = [
-            (each.name, each.offset, bytes(each.payload or b"")) for each in tar.members(source.store, shard, lambda _: 1 << 30)
-        ]
-    finally:
-        tar._any_members = original
-    return found, bool(needed)
+    found = tar.members(source.store, shard, lambda _: 1 << 30)
+    return [(each.name, each.offset, bytes(each.payload or b"")) for each in found]
 
 
 def expected(content: bytes) -> list[tuple[str, int, bytes]]:
@@ -84,19 +73,18 @@ def test_same_members_as_pythons_reader(
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.storage, "LOCAL_BLOCK_BYTES", block)
-        found, needed = read(tmp_path_factory.mktemp("tar") / "a.tar", content)
+        found = read(tmp_path_factory.mktemp("tar") / "a.tar", content)
+        packed = read(tmp_path_factory.mktemp("tar") / "a.tar.gz", gzip.compress(content))
     assert found == expected(content)
-    assert not needed, "plain archives do not need Python's reader"
+    assert packed == [(name, None, payload) for name, _, payload in found]
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE])
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, tarfile.CONTTYPE])
 @pytest.mark.parametrize("position", [0, 2, 4])
-def test_what_is_not_plain_goes_to_pythons_reader_and_nothing_is_lost(tmp_path: Path, kind: bytes, position: int) -> None:
+def test_among_what_is_no_plain_file_nothing_is_lost(tmp_path: Path, kind: bytes, position: int) -> None:
     members = [(f"{number}.jpg", bytes([number]) * 700) for number in range(5)]
     content = archive(members, tarfile.GNU_FORMAT, kinds={position: kind})
-    found, needed = read(tmp_path / "a.tar", content)
-    assert found == expected(content)
-    assert needed == (kind != tarfile.DIRTYPE)
+    assert read(tmp_path / "a.tar", content) == expected(content)
 
 
 def test_large_members_that_nobody_wants_are_passed_over(tmp_path: Path) -> None:
@@ -116,6 +104,37 @@ def test_large_members_that_nobody_wants_are_passed_over(tmp_path: Path) -> None
         tracemalloc.stop()
     assert found == {"a.bin": None, "b.jpg": 100, "c.bin": None, "d.jpg": 2 << 20}
     assert peak_bytes < 8 << 20
+
+
+def test_on_a_remote_store_they_are_not_even_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.storage, "PIECE_BYTES", 1_000)
+    monkeypatch.setattr(tar, "MAX_PASSED_BYTES", 2_000)
+    sizes = {"a.bin": 30_000, "b.jpg": 100, "c.bin": 700, "d.jpg": 5_000, "e.bin": 90_000, "f.jpg": 1}
+    content = archive([(name, name.encode() * size) for name, size in sizes.items()], tarfile.USTAR_FORMAT)
+    store = Store()
+    store.locate("memory://tar/a.tar")[0].pipe_file("/tar/a.tar", content)
+    source = Source(config.Source(url="memory://tar/a.tar"))
+    (shard,) = source.shards()
+    num_bytes = []
+    original = Store._read_piece
+
+    def watched(self: Store, file: FileStat, start: int, length: int) -> bytes:
+        num_bytes.append(length)
+        return original(self, file, start, length)
+
+    monkeypatch.setattr(Store, "_read_piece", watched)
+    wanted = tar.members(source.store, shard, lambda name: 1 << 20)
+    assert [(member.name, bytes(member.payload or b"")) for member in wanted] == [
+        (name, name.encode() * size) for name, size in sizes.items()
+    ]
+    assert sum(num_bytes) >= len(content) - 10_240
+    num_bytes.clear()
+    monkeypatch.setattr(tar, "FREE_BYTES", 0)
+    wanted = tar.members(source.store, shard, lambda name: 1 << 20 if name.endswith(".jpg") else None)
+    assert {member.name: member.payload and len(member.payload) for member in wanted} == {
+        name: None if name.endswith("bin") else len(name) * size for name, size in sizes.items()
+    }
+    assert sum(num_bytes) < 60_000
 
 
 def test_a_flipped_bit_in_a_header_is_noticed(tmp_path: Path) -> None:
