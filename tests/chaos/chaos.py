@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import random
 import statistics
@@ -42,9 +43,9 @@ from oracle import Contents, broken_promises, contents, difference
 from s3 import S3Server
 from scenarios import COUNTED, KINDS, NUM_SHARDS, Fault, Scenario, Strike, drawn, members
 
-import pipeline
 from pipeline import config
 from pipeline.dataset.read import Dataset
+from pipeline.dataset.table import Table
 from pipeline.errors import DatasetError, StorageError
 from pipeline.storage import FileStat, Store
 
@@ -77,9 +78,15 @@ class Site:
             self._calm[is_large] = self._calm_run(is_large)
         return {name: self._calm[is_large][f"{name}-{variant}"] for name, variant in shards.items()}
 
+    def bucket(self, endpoint_url: str | None = None) -> Bucket:
+        """A new one; see `store_of` for why they share a filesystem."""
+        bucket = Bucket(self.server, endpoint_url)
+        bucket.fs, _ = store_of(self.server).locate(bucket.output)
+        return bucket
+
     def _calm_run(self, is_large: bool) -> Contents:
         """The rows of an undisturbed run, with each variant of each shard as a shard of its own: rows know no neighbours."""
-        bucket = Bucket(self.server)
+        bucket = self.bucket()
         if is_large:
             variants = [("000", 0), ("001", 0), ("002", 0), ("large", 0)]
         else:
@@ -107,8 +114,8 @@ class Site:
             code=driver.code,
             hung=hung,
             seconds=round(time.monotonic() - start, 1),
+            stdout=driver.stdout,
             stderr=driver.stderr,
-            report=driver.report or {},
         )
 
 
@@ -122,18 +129,24 @@ def written(bucket: Bucket, folder: Path, *, is_large: bool) -> Path:
     return path
 
 
-def storage(bucket: Bucket) -> config.Storage:
-    """The bucket past the proxy."""
-    return config.Storage(endpoint_url=bucket.server.endpoint_url, options=bucket.storage["options"])
+@functools.cache
+def store_of(server: S3Server) -> Store:
+    """The server past the proxy. One for all: what is collected as garbage closes its connections in whichever thread that
+    happens in, and the proxy's runs an event loop of its own."""
+    options = {"key": server.access_key, "secret": server.secret_key}
+    return Store(config.Storage(endpoint_url=server.endpoint_url, options=options))
 
 
 def opened(bucket: Bucket, version: int | None = None) -> Dataset:
-    return pipeline.open_dataset(bucket.output, version, storage(bucket))
+    table = Table.open(store_of(bucket.server), bucket.output, version)
+    if table is None:
+        raise DatasetError("no version yet")
+    return Dataset(table)
 
 
 def listed(bucket: Bucket) -> dict[str, FileStat]:
     """The source's shards as they are now."""
-    return {file.url: file for file in Store(storage(bucket)).list(f"s3://{bucket.name}/shards/*.tar")}
+    return {file.url: file for file in store_of(bucket.server).list(f"s3://{bucket.name}/shards/*.tar")}
 
 
 def versions(bucket: Bucket) -> list[int]:
@@ -170,12 +183,19 @@ class Ended:
     code: int | None
     hung: bool
     seconds: float
+    stdout: str
     stderr: str
-    report: dict[str, Any]
 
     @property
     def was_killed(self) -> bool:
         return self.code is not None and self.code < 0
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What `--json` printed as the last line; empty where it did not come to that."""
+        with contextlib.suppress(IndexError, ValueError):
+            return dict(json.loads(self.stdout.strip().splitlines()[-1]))
+        return {}
 
     @property
     def failed(self) -> set[str]:
@@ -205,6 +225,8 @@ class Striker:
         self._lock = threading.RLock()
         self._healing: list[threading.Timer] = []
         self._driver: Driver | None = None
+        self._orphans: set[int] = set()
+        """Actors of a driver that was killed: they do not matter any more."""
         self._start = time.monotonic()
         self.struck: list[dict[str, Any]] = []
 
@@ -218,6 +240,7 @@ class Striker:
         with self._lock:
             if driver is not self._driver:
                 self._driver, self._start = driver, time.monotonic()
+                self._orphans = {actor.pid for actor in self._site.cluster.actors()}
                 self._counts = dict.fromkeys(COUNTED, 0)
             self._strike_where_due(None)
 
@@ -259,21 +282,20 @@ class Striker:
 
     def _hit(self, strike: Strike) -> list[int]:
         """The ids of the processes that were killed; none where there is nothing to kill yet."""
-        assert self._driver is not None
         site = self._site
         if strike.victim == "actor":
-            actors = site.cluster.actors(self._driver.started_at)
-            if not actors:
+            if not (actors := self._actors()):
                 return []
             chosen = self._draw.choice(actors)
             with contextlib.suppress(psutil.NoSuchProcess):
                 chosen.kill()
             return [chosen.pid]
         if strike.victim == "driver":
+            assert self._driver is not None
             self._driver.kill()
             return [self._driver.pid]
         if strike.victim == "node":
-            if not site.cluster.actors(self._driver.started_at) or site.cluster.num_nodes < strike.number:
+            if not self._actors() or site.cluster.num_nodes < strike.number:
                 return []
             victims = [pid for _ in range(strike.number) for pid in site.cluster.kill_node()]
             self._later(strike.down_s, site.cluster.restore)
@@ -283,6 +305,9 @@ class Striker:
         site.server.kill()
         self._later(strike.down_s, site.server.start)
         return [pid]
+
+    def _actors(self) -> list[psutil.Process]:
+        return [actor for actor in self._site.cluster.actors() if actor.pid not in self._orphans]
 
     def _later(self, seconds: float, action: Callable[[], None]) -> None:
         timer = threading.Timer(seconds, action)
@@ -382,7 +407,7 @@ def endure(site: Site, scenario: Scenario) -> Outcome:
     """One scenario from its bucket to its verdict."""
     start = time.monotonic()
     with FaultProxy(site.server.endpoint_url, seed=scenario.seed) as proxy:
-        bucket = Bucket(site.server, proxy.endpoint_url)
+        bucket = site.bucket(proxy.endpoint_url)
         outcome = _endure(site, scenario, proxy, bucket)
     site.cluster.restore()
     remove(bucket)
@@ -466,7 +491,7 @@ def _rule(fault: Fault) -> Rule:
 
     def matches(request: Request) -> bool:
         nonlocal seen
-        counts = COUNTED[fault.counted](request)
+        counts = fault.applies(request)
         seen += counts
         return counts and seen > fault.after
 
@@ -483,8 +508,8 @@ def _complaints(run: Ended) -> Iterator[str]:
         yield f"exit code {run.code}: {run.stderr[-1000:]}"
     if "Traceback" in run.stderr:
         yield f"a traceback: {run.stderr[-3000:]}"
-    if run.code and not run.report.get("error"):
-        yield f"exit code {run.code} without a reason"
+    if not run.report or (run.code and not run.report["error"]):
+        yield f"exit code {run.code} without a word: {run.stdout[-1000:]} {run.stderr[-1000:]}"
 
 
 def _mixed_versions(scenario: Scenario, bucket: Bucket, runs: Sequence[Ended], old: Contents, new: Contents) -> Iterator[str]:

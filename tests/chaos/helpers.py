@@ -19,7 +19,6 @@ import secrets
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -161,19 +160,19 @@ class Cluster(Helper):
         while self.num_nodes < NUM_NODES:
             self.add_node()
 
-    def actors(self, since: float = 0.0) -> list[psutil.Process]:
-        """Processes that run an `Extractor` and were started after `since`, seconds since the epoch."""
-        return actors_below(self._raylets, since)
+    def actors(self) -> list[psutil.Process]:
+        """Processes that run an `Extractor`. Those of a driver that was killed are among them for a moment."""
+        return actors_below(self._raylets)
 
 
-def actors_below(parents: Sequence[int], since: float = 0.0) -> list[psutil.Process]:
+def actors_below(parents: Sequence[int]) -> list[psutil.Process]:
     """Processes below these that run an `Extractor`: Ray names them after their class."""
     found = []
     for parent in parents:
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in psutil.Process(parent).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                    if "".join(process.cmdline()).startswith("ray::Extractor") and process.create_time() >= since:
+                    if "".join(process.cmdline()).startswith("ray::Extractor"):
                         found.append(process)
     return found
 
@@ -212,7 +211,7 @@ class Driver:
 
     def __init__(self, drivers: Drivers, pid: int, stdout: Path, stderr: Path) -> None:
         self._drivers, self._stdout, self._stderr = drivers, stdout, stderr
-        self.pid, self.started_at = pid, time.time()
+        self.pid = pid
         self._process = psutil.Process(pid)
         self.code: int | None = None
         """Exit code once it has ended; the negative number of the signal that killed it."""
@@ -238,7 +237,6 @@ class Driver:
         return self._stderr.read_text(errors="replace")
 
     @property
-    def report(self) -> dict[str, Any] | None:
-        """What `--json` printed; None where it did not come to that."""
-        lines = self._stdout.read_text().strip().splitlines()
-        return dict(json.loads(lines[-1])) if lines else None
+    def stdout(self) -> str:
+        """What it has printed so far."""
+        return self._stdout.read_text(errors="replace")

@@ -45,11 +45,11 @@ def test_a_node_that_is_about_to_leave_finishes_what_it_has_and_gets_no_more(sit
 
         def give_notice(driver: Driver) -> None:
             """One node is told to go, another joins; the one that goes is taken away once no actor is left on it."""
-            actors = site.cluster.actors(driver.started_at)
+            actors = site.cluster.actors()
             if not noticed and len(actors) == 2 and proxy.count("GET", ".tar") > 6:
                 noticed.append(site.cluster.drain_node())
                 site.cluster.add_node()
-            elif noticed and len(noticed) == 1 and not actors_below(noticed, driver.started_at):
+            elif noticed and len(noticed) == 1 and not actors_below(noticed):
                 noticed.extend(site.cluster.kill_node())
 
         ended = site.run(written(bucket, site.folder, is_large=False), give_notice)

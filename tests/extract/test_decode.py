@@ -21,7 +21,7 @@ from torchvision.transforms import functional as preset
 
 from pipeline.config import Preprocess
 from pipeline.errors import SampleError
-from pipeline.extract import decode as decode_module
+from pipeline.extract import pil as pil_module
 from pipeline.extract.decode import Decoder
 
 SIZES = [
@@ -344,7 +344,7 @@ def test_odd_metadata_is_no_news():
         image.getexif()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        importlib.reload(decode_module)  # what an import does to a program's filters, which pytest resets for each test
+        importlib.reload(pil_module)  # what an import does to a program's filters, which pytest resets for each test
         assert decode(data)[1] == (30, 20)
     assert seen == []
 
