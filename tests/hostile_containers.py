@@ -293,9 +293,12 @@ def pickled_type() -> bytes:
     return written(pa.table([["a", "b", "c"], [jpeg(1), jpeg(2), jpeg(3)], [1, 2, 3]], schema=schema))
 
 
-def swapped(data: bytes, old: bytes, new: bytes) -> bytes:
-    assert data.count(old) >= 1
-    return data.replace(old, new)
+def page_of_huge_length() -> bytes:
+    """The header of the last column's page claims 2,000,000,000 bytes: a number of Thrift's compact protocol."""
+    data = written(pa.table({"key": ["a"], "image": [jpeg(1)], "label": [1]}), compression="none", use_dictionary=False)
+    at = pq.read_metadata(io.BytesIO(data)).row_group(0).column(2).data_page_offset
+    assert (data[at : at + 3], data[at + 4]) == (b"\x15\0\x15", 0x15), "the page's kind, its size unpacked, then packed"
+    return data[: at + 5] + b"\x80\xd0\xac\xf3\x0e" + data[at + 6 :]
 
 
 PARQUETS: dict[str, Container] = {
@@ -360,6 +363,7 @@ PARQUETS: dict[str, Container] = {
     "cut": Container(lambda: parquet()[:-30], Failed("not a readable Parquet file")),
     "cut-and-ended": Container(lambda: parquet()[:500] + b"PAR1", Failed("not a readable Parquet file")),
     "footer-of-huge-length": Container(lambda: parquet()[:-8] + b"\xff\xff\xff\x7fPAR1", Failed("not a readable Parquet file")),
+    "page-of-huge-length": Container(page_of_huge_length, Failed("not a readable Parquet file")),
     "encrypted": Container(lambda: b"PARE" + parquet()[4:-4] + b"PARE", Failed("not a readable Parquet file")),
     "pages-zeroed": Container(lambda: parquet()[:60] + bytes(500) + parquet()[560:], Failed("not a readable Parquet file")),
 }

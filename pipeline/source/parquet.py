@@ -6,8 +6,9 @@ page: what wrote the file decides how many images that is (pyarrow: 1024 rows or
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipeline.config import Source
 from pipeline.errors import ConfigError, SampleError, ShardError, SourceError, nearest
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 16
 BUFFER_BYTES = 1 << 20
+WHOLE_BYTES = 32 << 20
+"""Of files up to this size a row group's column is read in one piece. The buffered stream makes room for whatever a page claims
+to have, up to 2 GiB, before it looks whether the file has that much."""
 ENDINGS = (".parquet", ".pq")
 
 
@@ -50,7 +54,7 @@ def read(source: Source, store: Store, shard: Shard) -> Iterator[Sample]:
     import pyarrow as pa
 
     with store.open(shard.files[0]) as handle:
-        file = _open(handle, shard.url)
+        file = _open(handle, shard.files[0])
         try:
             image = _check(source, file.schema_arrow)
             carried = {name.rpartition(".")[2]: name for name in source.columns or []}
@@ -102,16 +106,41 @@ def _files(source: Source, store: Store) -> Iterator[FileStat]:
                 yield file
 
 
-def _open(handle: Any, url: str) -> pq.ParquetFile:
+def _open(handle: BinaryIO, file: FileStat) -> pq.ParquetFile:
+    # What the columns claim of themselves is not looked at: some of it ends the process that asks pyarrow for it.
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    buffer_size = BUFFER_BYTES if file.num_bytes > WHOLE_BYTES else 0
     try:
-        file = pq.ParquetFile(handle, buffer_size=BUFFER_BYTES, pre_buffer=False)
-        _ = file.schema_arrow  # made when it is first asked for
-        return file
+        opened = pq.ParquetFile(_Bounded(handle, file.num_bytes), buffer_size=buffer_size, pre_buffer=False)
+        _ = opened.schema_arrow  # made when it is first asked for
+        return opened
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise ShardError(f"{url}: not a readable Parquet file: {error}") from None
+        raise ShardError(f"{file.url}: not a readable Parquet file: {error}") from None
+
+
+class _Bounded(io.RawIOBase):
+    """A file that makes no room for more than it has. Python's own does for what is asked; pyarrow asks for what is claimed."""
+
+    def __init__(self, handle: BinaryIO, num_bytes: int) -> None:
+        self._handle, self._num_bytes = handle, num_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._handle.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._handle.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._num_bytes - self._handle.tell())
+        return self._handle.read(left if size < 0 else min(size, left))
 
 
 def _field(schema: pa.Schema, path: str, where: str) -> pa.Field:
@@ -145,7 +174,7 @@ def _first_schema(source: Source, store: Store) -> pa.Schema:
     for file in _files(source, store):
         with store.open(file) as handle:
             try:
-                return _open(handle, file.url).schema_arrow
+                return _open(handle, file).schema_arrow
             except ShardError as error:  # one damaged file does not stop the others
                 unreadable = unreadable or error
     raise unreadable or SourceError(f"source.url: {', '.join(source.urls)} holds no Parquet file")

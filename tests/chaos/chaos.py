@@ -39,7 +39,7 @@ import faults
 from bucket import Bucket
 from faults import FaultProxy, Request, Rule
 from helpers import Cluster, Driver, Drivers
-from oracle import Contents, broken_promises, contents, difference
+from oracle import Contents, broken_promises, contents, difference, name_of
 from s3 import S3Server
 from scenarios import COUNTED, KINDS, NUM_SHARDS, Fault, Scenario, Strike, drawn, members
 
@@ -47,6 +47,7 @@ from pipeline import config
 from pipeline.dataset.read import Dataset
 from pipeline.dataset.table import Table
 from pipeline.errors import DatasetError, StorageError
+from pipeline.recipe import digest
 from pipeline.storage import FileStat, Store
 
 MAX_CHAOS_RUNS, MAX_CALM_RUNS = 3, 3
@@ -218,8 +219,11 @@ class Ended:
 class Striker:
     """Strikes when the moment has come, from the thread of the proxy or from that of the run."""
 
-    def __init__(self, site: Site, scenario: Scenario) -> None:
+    def __init__(self, site: Site, scenario: Scenario, bucket: Bucket) -> None:
         self._site, self._draw = site, random.Random(scenario.seed)
+        urls = {name: f"s3://{bucket.name}/shards/{name}.tar" for name in {*scenario.before, *scenario.after}}
+        self._names = {digest(url)[:16]: name for name, url in urls.items()}
+        """Shards by what their partitions' names begin with."""
         self._due = list(scenario.strikes)
         self._counts = dict.fromkeys(COUNTED, 0)
         self._lock = threading.RLock()
@@ -276,9 +280,19 @@ class Striker:
                         "processes": victims,
                         "seconds": round(time.monotonic() - self._start, 2),
                         "number_of_request": self._counts[strike.counted],
-                        "request": f"{request.method} {request.path.partition('/')[2].partition('/')[2]}" if request else None,
+                        "request": self._spoken(request) if request is not None else None,
                     }
                 )
+
+    def _spoken(self, request: Request) -> str:
+        """`PUT partition of 004`."""
+        path = request.path.partition("/")[2].partition("/")[2]
+        file = path.rpartition("/")[2]
+        if path.startswith("out/data/"):
+            path = f"partition of {self._names.get(file[:16], 'no shard')}"
+        elif path.startswith("shards/"):
+            path = f"shard {name_of(file)}"
+        return f"{request.method} {path or request.query}"
 
     def _hit(self, strike: Strike) -> list[int]:
         """The ids of the processes that were killed; none where there is nothing to kill yet."""
@@ -397,7 +411,7 @@ class Outcome:
             f"seed {self.seed:<4} {self.kind:<9} {self.verdict:<6} {self.seconds:5.1f} s  exits {codes}",
             *struck,
             *(f"missed: {each}" for each in self.missed),
-            *(f"{count} x {name}" for name, count in self.faults.items()),
+            *(f"{count} x {name}" for name, count in self.faults.items() if count),
             *(f"PROBLEM: {problem}" for problem in self.problems),
         ]
         return "; ".join(parts)
@@ -424,7 +438,7 @@ def _endure(site: Site, scenario: Scenario, proxy: FaultProxy, bucket: Bucket) -
         assert site.run(path).code == 0
     fill(bucket, scenario.before, scenario.after)
 
-    striker, reader = Striker(site, scenario), Reader(bucket)
+    striker, reader = Striker(site, scenario, bucket), Reader(bucket)
     proxy.clear()
     proxy.add(Rule(striker.arrived, faults.drop))
     rules = [(each, proxy.add(_rule(each))) for each in scenario.faults]

@@ -35,7 +35,7 @@ import tempfile
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -48,6 +48,7 @@ import psutil  # noqa: E402
 from hostile import IMAGES, plain, png  # noqa: E402
 from hostile_containers import PARQUETS, TARS  # noqa: E402
 from images import encode, jpeg, photo  # noqa: E402
+from meter import metered  # noqa: E402
 
 TIME_LIMIT_S = 5.0
 MEMORY_LIMIT_BYTES = 256 << 20
@@ -325,19 +326,6 @@ class Tally:
         self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
 
 
-@contextlib.contextmanager
-def metered() -> Iterator[Callable[[], tuple[float, int]]]:
-    """Seconds since it began, and the most memory that this process had meanwhile on top of what it had, in bytes."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is the present again
-    before, start = _status("VmRSS"), time.monotonic()
-    yield lambda: (time.monotonic() - start, max(0, _status("VmHWM") - before))
-
-
-def _status(name: str) -> int:
-    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith(f"{name}:"))
-
-
 def work(connection: Any, now: Any, seed: int, folder: Path, make: Callable[[Path], Target]) -> None:
     """A process: chunks of numbers come in, tallies go out. `now` has the number in hand and when it was taken up."""
     traces = open(folder / "crash.txt", "wb")  # noqa: SIM115  open for as long as the process is
@@ -392,7 +380,8 @@ class Worker:
 
     def trouble(self) -> str:
         """Why it has to be ended, if so."""
-        if self._now[1] and time.monotonic() - self._now[1] > TIME_LIMIT_S:
+        since = self._now[1]  # read once: the process goes on
+        if since and time.monotonic() - since > TIME_LIMIT_S:
             return f"took longer than {TIME_LIMIT_S:g} s"
         with contextlib.suppress(psutil.NoSuchProcess):
             if psutil.Process(self._process.pid).memory_info().rss > HARD_MEMORY_BYTES:

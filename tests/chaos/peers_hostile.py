@@ -138,7 +138,7 @@ def ray_data(tars: Path, out: Path, way: str) -> None:
             return {"key": batch["key"], "embedding": embeddings}
 
     def decode(row: dict[str, Any]) -> dict[str, Any]:
-        data = next(value for name, value in row.items() if not name.startswith("__") and value is not None)
+        data = next(value for value in row.values() if isinstance(value, bytes))  # the others are columns of other rows
         return {"key": row["__key__"], "image": preset()(picture(data)).numpy()}
 
     def decode_or_nothing(row: dict[str, Any]) -> list[dict[str, Any]]:

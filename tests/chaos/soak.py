@@ -9,7 +9,9 @@ shards are a few distinct ones under many names (hard links), so that a calm run
 The first part of the run is left in peace (`CALM_SHARE` of the shards): its images a second are the reference. Then a random
 actor that has been at work for a while is killed every `--kill-every` seconds. From the kill until its replacement has embedded
 its first batch there is an actor missing; that time is subtracted. What is left of the difference is the work that was thrown
-away and done again. Memory is the resident set of the driver and of each actor, every second; slopes are least squares.
+away and done again. Memory is the resident set of the driver and of each actor,
+every second; slopes are least squares over what comes after the first minute. The actors of the calm part live long enough to
+have one; the others tell whether later ones need more.
 
 At the end the rows are compared with the expected ones. Linux only.
 """
@@ -21,6 +23,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -56,7 +59,9 @@ END_SHARE = 0.98
 """Of the shards: what comes after them is not measured, since there is not work for two any more."""
 EVERY_S = 1.0
 SETTLED_S = 15.0
-"""An actor's memory is looked at from this age on, and it is not killed before."""
+"""An actor is not killed before it is so old, and its memory then is its level."""
+PLATEAU_S = 60.0
+"""The slope of an actor's memory is that from this age on, and of actors that live for as long again."""
 MAX_RUNS = 4
 MB = 1e6
 
@@ -68,9 +73,14 @@ class Watched:
     seen_at: list[float] = field(default_factory=list)
     rss: list[int] = field(default_factory=list)
 
+    def after(self, age_s: float) -> Watched:
+        """What was seen from this age on."""
+        first = next((number for number, at in enumerate(self.seen_at) if at - self.seen_at[0] >= age_s), len(self.seen_at))
+        return Watched(self.seen_at[first:], self.rss[first:])
+
     def slope(self) -> float | None:
         """Megabytes a minute; None where there is too little to tell."""
-        if len(self.rss) < 20:
+        if len(self.rss) < PLATEAU_S / EVERY_S:
             return None
         at = np.array(self.seen_at)
         return float(np.polyfit((at - at[0]) / 60, np.array(self.rss) / MB, 1)[0])
@@ -113,6 +123,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, all else on stderr")
     arguments = parser.parse_args()
     out = sys.stderr if arguments.json else sys.stdout
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is ended then too
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
         rate = calibrated(folder)
@@ -318,14 +329,14 @@ def measured(soak: Soak, per_shard: int) -> dict[str, Any]:
     end = soak.finished_at[int(END_SHARE * (len(soak.finished_at) - 1))]
     calm = part(soak, per_shard, calm_from, first_kill)
     chaos = part(soak, per_shard, first_kill, end)
-    settled = [
-        Watched(seen.seen_at[int(SETTLED_S / EVERY_S) :], seen.rss[int(SETTLED_S / EVERY_S) :]) for seen in soak.actors.values()
-    ]
-    slopes = [slope for each in settled if (slope := each.slope()) is not None]
-    levels = [(each.seen_at[0], statistics.median(each.rss) / MB) for each in settled if each.rss]
+    slopes = [slope for seen in soak.actors.values() if (slope := seen.after(PLATEAU_S).slope()) is not None]
+    levels = Watched()
+    for seen in soak.actors.values():
+        if settled := seen.after(SETTLED_S).rss[: int(SETTLED_S / EVERY_S)]:
+            levels.seen_at.append(seen.seen_at[0])
+            levels.rss.append(int(statistics.median(settled)))
     missing = [kill.back_at - kill.at for kill in soak.kills]
-    steady = int(len(soak.driver.rss) * 0.1)
-    driver = Watched(soak.driver.seen_at[steady:], soak.driver.rss[steady:])
+    driver = soak.driver.after(PLATEAU_S)
     return {
         "seconds": round(soak.seconds, 1),
         "kills": len(soak.kills),
@@ -347,20 +358,16 @@ def measured(soak: Soak, per_shard: int) -> dict[str, Any]:
             "driver_mb": {
                 "early": level(driver.rss[:60]),
                 "late": level(driver.rss[-60:]),
-                "most": rounded(max(driver.rss) / MB),
+                "most": level([max(driver.rss, default=0)]),
             },
             "driver_mb_per_minute": rounded(driver.slope(), 2),
-            "actors": len(settled),
-            "actor_mb_per_minute": {"median": rounded(statistics.median(slopes), 2), "most": rounded(max(slopes), 2)}
-            if slopes
-            else None,
+            "actors": len(soak.actors),
+            "actor_mb_per_minute": [rounded(slope, 2) for slope in slopes],
             "actor_mb": {
-                "first": rounded(levels[0][1]),
-                "last": rounded(levels[-1][1]),
-                "most": rounded(max(mb for _, mb in levels)),
-            }
-            if levels
-            else None,
+                "first": level(levels.rss[:1]),
+                "last": level(levels.rss[-1:]),
+                "most": level([max(levels.rss, default=0)]),
+            },
         },
     }
 
@@ -399,8 +406,9 @@ def shown(report: dict[str, Any]) -> Iterator[str]:
         yield f"an actor was missing for {missing['median']} s after a kill (median; at most {missing['most']} s)"
     yield f"images/s: calm {speed['calm']['images_per_s']}, under kills {speed['chaos']['images_per_s']}"
     yield f"without the time in which an actor was missing: {speed['without_missing_share_of_calm']:.1%} of the calm part"
-    yield f"driver: {memory['driver_mb']}, {memory['driver_mb_per_minute']} MB a minute"
-    yield f"actors: {memory['actor_mb']}, {memory['actor_mb_per_minute']} MB a minute"
+    yield f"driver: {memory['driver_mb']} MB, {memory['driver_mb_per_minute']} MB a minute"
+    yield f"{memory['actors']} actors: {memory['actor_mb']} MB at the age of {SETTLED_S:g} s"
+    yield f"those that lived for {2 * PLATEAU_S:g} s: {memory['actor_mb_per_minute']} MB a minute from {PLATEAU_S:g} s on"
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ import pytest
 import torch
 from commands import cli
 from conftest import crops, settings
-from fuzz import metered
 from hostile import CANARY, IMAGES, NAMES, PLAIN, Row
 from hostile_containers import PARQUETS, TARS, Container, Failed
 from images import jpeg, tar
+from meter import metered
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import functional as preset

@@ -10,7 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hostile_containers import page_of_huge_length, parquet
 from images import jpeg
+from meter import metered
 
 from pipeline import config
 from pipeline.errors import ConfigError, ShardChanged, ShardError, SourceError
@@ -284,6 +286,22 @@ def test_text_that_is_not_utf8_is_named(source):
     text = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 1], np.int32)), pa.py_buffer(b"\xff"))
     with pytest.raises(ShardError, match=r"shard\.parquet: not a readable"):
         samples(source({"image": pa.array([IMAGES[0]], pa.binary()), "text": text}, columns=["text"]))
+
+
+def test_what_a_file_claims_to_hold_takes_no_memory(tmp_path):
+    assert len(samples(Source(config.Source(url=str(write_bytes(tmp_path / "good.parquet", parquet())), label="label")))) == 3
+    made = Source(config.Source(url=str(write_bytes(tmp_path / "huge.parquet", page_of_huge_length())), label="label"))
+    with metered() as meter:
+        with pytest.raises(ShardError, match=r"huge\.parquet: not a readable Parquet file: .*Page was smaller"):
+            samples(made)
+        seconds, num_bytes = meter()
+    assert num_bytes < 32 << 20
+    assert seconds < 2
+
+
+def write_bytes(path, payload):
+    path.write_bytes(payload)
+    return path
 
 
 def test_one_damaged_file_does_not_stop_the_others(tmp_path):
