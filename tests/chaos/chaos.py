@@ -228,6 +228,7 @@ class Striker:
         self._counts = dict.fromkeys(COUNTED, 0)
         self._lock = threading.RLock()
         self._healing: list[threading.Timer] = []
+        self._store_returns: threading.Timer | None = None
         self._driver: Driver | None = None
         self._orphans: set[int] = set()
         """Actors of a driver that was killed: they do not matter any more."""
@@ -257,12 +258,9 @@ class Striker:
         return False
 
     def heal(self) -> None:
-        """Wait until the store is back and nodes have joined; bring back what nothing has brought back."""
+        """Wait until the store is back and nodes have joined."""
         for timer in self._healing:
             timer.join()
-        if self._site.server.pid is None:
-            self._site.server.start()
-        self._site.cluster.restore()
 
     def _strike_where_due(self, request: Request | None) -> None:
         if self._driver is None or self._driver.was_killed:
@@ -314,19 +312,22 @@ class Striker:
             victims = [pid for _ in range(strike.number) for pid in site.cluster.kill_node()]
             self._later(strike.down_s, site.cluster.restore)
             return victims
-        if (pid := site.server.pid) is None:
-            return []
+        if self._store_returns is not None and self._store_returns.is_alive():
+            return []  # it is down, or starts
+        pid = site.server.pid
+        assert pid is not None
         site.server.kill()
-        self._later(strike.down_s, site.server.start)
+        self._store_returns = self._later(strike.down_s, site.server.start)
         return [pid]
 
     def _actors(self) -> list[psutil.Process]:
         return [actor for actor in self._site.cluster.actors() if actor.pid not in self._orphans]
 
-    def _later(self, seconds: float, action: Callable[[], None]) -> None:
+    def _later(self, seconds: float, action: Callable[[], None]) -> threading.Timer:
         timer = threading.Timer(seconds, action)
         timer.start()
         self._healing.append(timer)
+        return timer
 
 
 class Reader(threading.Thread):
