@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from pipeline import config
-from pipeline.analysis import probe
+from pipeline.analysis import logistic, probe, scores
 from pipeline.errors import ConfigError, GuardError
 
 SETTINGS = config.Probe()
@@ -128,13 +128,13 @@ def test_accuracy_and_final_objective_are_those_of_scikit_learn(digits, result):
 def test_objective_is_as_low_as_that_of_scikit_learn(digits, standardize, num_classes):
     rows = np.flatnonzero(digits[1] < num_classes)[:600]
     features, labels = digits[0][rows], digits[1][rows]
-    axes = probe._axes(features, np.arange(len(rows)), standardize)
+    axes = logistic.axes(features, np.arange(len(rows)), standardize)
     standard = (features - axes.mean) / axes.scale
     columns = axes.apply(features, np.arange(len(rows)))
-    path = probe._path(columns, labels, axes.spectrum, num_classes, probe.VALUES_OF_C, probe.WAVE)
+    path = logistic.path(columns, labels, axes.spectrum, num_classes, logistic.VALUES_OF_C, logistic.WAVE)
     heads = [axes.fold(head) for _, heads, _ in path for head in heads]
     for index in range(0, 45, 11):
-        C = probe.VALUES_OF_C[index]
+        C = logistic.VALUES_OF_C[index]
         weight, bias = heads[index][0].astype(np.float64) * axes.scale, heads[index][1] + heads[index][0] @ axes.mean
         # Their two-class model is a sigmoid: a softmax of plus and minus half its weights, whose norm is half as large.
         half = num_classes == 2
@@ -150,8 +150,8 @@ def test_objective_is_as_low_as_that_of_scikit_learn(digits, standardize, num_cl
 
 def test_chunks_change_nothing(digits, result, monkeypatch):
     features, labels = digits
-    monkeypatch.setattr(probe, "LOGITS_BYTES", 1 << 18)
-    monkeypatch.setattr(probe, "ROWS_BYTES", 1 << 15)
+    monkeypatch.setattr(logistic, "LOGITS_BYTES", 1 << 18)
+    monkeypatch.setattr(logistic, "ROWS_BYTES", 1 << 15)
     chunked = probe.fit(features, labels, hashes(len(labels)), SETTINGS)
     assert chunked.metrics["C"] == result.metrics["C"]
     assert np.allclose(chunked.weight, result.weight, atol=2e-3)
@@ -205,7 +205,7 @@ def test_scores_are_those_of_scikit_learn(digits, result):
 
 def test_copies_do_not_narrow_the_interval():
     right = np.random.default_rng(0).random(200) < 0.8
-    assert probe._interval(hashes(200) * 4, np.tile(right, 4), 0) == probe._interval(hashes(200), right, 0)
+    assert scores.interval(hashes(200) * 4, np.tile(right, 4), 0) == scores.interval(hashes(200), right, 0)
 
 
 def test_counts_and_curve(digits, result):
@@ -227,13 +227,13 @@ def test_same_input_gives_same_result(blobs):
 
 
 def test_warns_when_the_best_c_is_at_the_edge(blobs, monkeypatch):
-    monkeypatch.setattr(probe, "VALUES_OF_C", np.array([1e-6, 1e-3]))
+    monkeypatch.setattr(logistic, "VALUES_OF_C", np.array([1e-6, 1e-3]))
     found = probe.fit(*blobs, SETTINGS).metrics
     assert "edge of the grid" in found["warnings"][0]
 
 
 def test_warns_when_stopped_early(blobs, monkeypatch):
-    monkeypatch.setattr(probe, "MAX_EVALUATIONS", 2)
+    monkeypatch.setattr(logistic, "MAX_EVALUATIONS", 2)
     assert any("converged" in warning for warning in probe.fit(*blobs, SETTINGS).metrics["warnings"])
 
 
@@ -251,9 +251,9 @@ def test_warns_of_classes_without_test_rows(blobs):
 def test_folded_weights_give_the_logits(digits):
     features, labels = digits
     rows = np.arange(len(labels))
-    axes = probe._axes(features, rows, True)
+    axes = logistic.axes(features, rows, True)
     columns = axes.apply(features, rows)
-    *_, (_, heads, _) = probe._path(columns, labels, axes.spectrum, 10, np.array([0.01]), 1)
+    *_, (_, heads, _) = logistic.path(columns, labels, axes.spectrum, 10, np.array([0.01]), 1)
     weight, bias = axes.fold(heads[0])
     assert np.allclose(features @ weight.T + bias, (columns @ heads[0].T).numpy(), atol=1e-4)
 

@@ -173,20 +173,20 @@ def of_photographs(photographs: Path, num_rows: int) -> tuple[NDArray[np.float32
 
 
 def load(path: Path, num_values: int) -> tuple[dict[str, Any], NDArray[np.float64]]:
-    from pipeline.analysis import probe
+    from pipeline.analysis import logistic
 
     with np.load(path) as stored:
         data = dict(stored)
-    chosen = np.linspace(0, len(probe.VALUES_OF_C) - 1, num_values).round().astype(int)
-    return data, probe.VALUES_OF_C[chosen]
+    chosen = np.linspace(0, len(logistic.VALUES_OF_C) - 1, num_values).round().astype(int)
+    return data, logistic.VALUES_OF_C[chosen]
 
 
 def ours(path: Path, num_values: int) -> dict[str, Any]:
     import torch  # noqa: F401  imported before the clock starts, as scikit-learn is
 
-    from pipeline.analysis import probe
+    from pipeline.analysis import logistic, probe
 
-    data, probe.VALUES_OF_C = load(path, num_values)
+    data, logistic.VALUES_OF_C = load(path, num_values)
     features_ND, targets_N, train, validation = (data[name] for name in ("features", "targets", "train", "validation"))
     start = time.perf_counter()
     curve = probe._sweep(features_ND, targets_N, train, validation, NUM_CLASSES, True)

@@ -178,7 +178,7 @@ def test_wrong_arguments(output: Path, tmp_path: Path) -> None:
 
 
 def test_defaults_of_the_command_line() -> None:
-    from pipeline.cli import vacuum as command
+    from pipeline.cli.dataset import vacuum as command
 
     assert command.__defaults__ is not None
     assert command.__defaults__[:2] == (table.KEEP_VERSIONS, table.KEEP_YOUNGER.days)

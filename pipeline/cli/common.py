@@ -1,0 +1,53 @@
+"""What all commands share: their usual arguments, and how a command reports and ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.errors import PipelineError, printable
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file with the config.")]
+OutputUrl = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or URL of a dataset.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line on stdout.")]
+EndpointUrl = Annotated[str | None, typer.Option(help="Endpoint of an S3-compatible store.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field of the config.")]
+
+
+@contextlib.contextmanager
+def reporting(as_json: bool) -> Iterator[dict[str, Any]]:
+    """Collects what a command reports; prints it at the end, turns errors into a line and an exit code."""
+    report: dict[str, Any] = {}
+    code = 0
+    try:
+        yield report
+    except PipelineError as error:
+        typer.echo(f"error: {printable(str(error))}", err=True)
+        report["error"] = str(error)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        typer.echo("interrupted; what was finished is kept for the next run", err=True)
+        report["error"] = "interrupted"
+        code = 1
+    if as_json:
+        typer.echo(json.dumps(report, ensure_ascii=False, default=str))
+    if code:
+        raise typer.Exit(code)
+
+
+def version_text(url: str, version: int | None) -> str:
+    """A dataset and which version of it."""
+    return f"{url}  {'no version yet' if version is None else f'version {version}'}"
+
+
+class PlainFormatter(logging.Formatter):
+    """Log lines without control characters: they may hold names from data."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        return printable(super().format(record))
