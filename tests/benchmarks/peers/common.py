@@ -6,16 +6,12 @@ import argparse
 import itertools
 import json
 import os
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 BATCH_SIZE = 32
-
-_BUILDING = threading.Lock()
-"""Neither the seed nor torch.fx knows threads, and Daft builds one instance in each."""
 
 
 def arguments(description: str, **extra: Any) -> argparse.Namespace:
@@ -38,10 +34,9 @@ def build(name: str, *, channels_last: bool) -> tuple[Any, Callable[[Any], Any]]
     import torchvision
     from torchvision.models.feature_extraction import create_feature_extractor
 
-    with _BUILDING:
-        torch.manual_seed(0)
-        model = torchvision.models.get_model(name, weights=None)
-        model = create_feature_extractor(model.eval(), {"flatten": "embedding"})
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None)
+    model = create_feature_extractor(model.eval(), {"flatten": "embedding"})
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     return model, preset(name)

@@ -7,6 +7,7 @@ Daft reads no tars, so it gets the same images as loose files. `--processes 1` r
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 from pathlib import Path
@@ -26,12 +27,18 @@ from PIL import Image
 WIDTHS = {"mobilenet_v3_small": 576, "resnet50": 2048}
 
 
+@functools.cache
+def build(model: str, channels_last: bool) -> Any:
+    """One model a process, which its instances share: torch.fx traces it, and while it does no other thread may call a module."""
+    return common.build(model, channels_last=channels_last)
+
+
 class Embed:
     """Encoded bytes to embeddings, a batch at a time."""
 
     def __init__(self, model: str, channels_last: bool, threads: int, stamps: common.Stamps) -> None:
         torch.set_num_threads(threads)
-        self._model, self._preset = common.build(model, channels_last=channels_last)
+        self._model, self._preset = build(model, channels_last)
         self._channels_last, self._threads, self._stamps = channels_last, threads, stamps
 
     def embed(self, data: Series) -> Any:
@@ -45,6 +52,7 @@ class Embed:
 def main() -> None:
     arguments = common.arguments("Daft", instances=2, threads=1, processes=0, batch_size=common.BATCH_SIZE)
     daft.set_runner_native()
+    build(arguments.model, arguments.channels_last)
     job, stamps = common.Job(arguments.out), common.Stamps(arguments.out)
     width = WIDTHS[arguments.model]
     Embed.embed = daft.method.batch(  # type: ignore[method-assign]
