@@ -29,7 +29,7 @@ WIDTHS = {"mobilenet_v3_small": 576, "resnet50": 2048}
 
 @functools.cache
 def build(model: str, channels_last: bool) -> Any:
-    """One model a process, which its instances share: torch.fx traces it, and while it does no other thread may call a module."""
+    """One model a process, which its instances share: while torch.fx traces it no other thread may call a module."""
     return common.build(model, channels_last=channels_last)
 
 
