@@ -39,7 +39,8 @@ from pipeline.source import Source
 from pipeline.storage import Store, join
 
 if TYPE_CHECKING:
-    from pipeline.extract.actors import Pool, Result
+    from pipeline.extract.actors import Result
+    from pipeline.extract.pool import Pool
 
 logger = logging.getLogger(__name__)
 
@@ -248,11 +249,12 @@ class _Crew(contextlib.ExitStack):
 
     def pool(self) -> Pool:
         """The pool, on a Ray that is started when nothing else has."""
-        from pipeline.extract import actors
+        from pipeline.extract.actors import cluster
+        from pipeline.extract.pool import Pool
 
         if self._pool is None:
-            self.enter_context(actors.cluster())
-            self._pool = self.enter_context(actors.Pool(self._settings))
+            self.enter_context(cluster())
+            self._pool = self.enter_context(Pool(self._settings))
         return self._pool
 
 

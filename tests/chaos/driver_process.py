@@ -43,8 +43,8 @@ def import_all() -> None:
 
     import pipeline.cli
     import pipeline.driver
-    import pipeline.extract.actors
     import pipeline.extract.loop
+    import pipeline.extract.pool
     import pipeline.report.terminal
     import pipeline.source.webdataset  # noqa: F401
 
