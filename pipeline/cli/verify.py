@@ -41,6 +41,7 @@ def verify(
     with reporting(as_json) as report:
         from pipeline.analysis.verify import verify as check
         from pipeline.dataset.read import open_dataset
+        from pipeline.report import terminal
 
         dataset = open_dataset(url, version, config.Storage(endpoint_url=endpoint_url))
         embed = None
@@ -49,7 +50,8 @@ def verify(
 
             # However large they are: the images of these rows were embedded before.
             embed = Embedder(dataset.recipe, max_pixels=config.MAX_PIXELS).embed
-        found = check(dataset, embed, rows, seed, deep=deep)
+        with terminal.Watch() as watch:
+            found = check(dataset, embed, rows, seed, deep=deep, note=watch.note)
         report |= {"output": url, **found.as_json()}
         if not as_json:
             _show(url, found)

@@ -24,9 +24,9 @@ from quick import committed
 from s3 import S3Server
 
 import pipeline
-from pipeline.analysis import columns
-from pipeline.analysis import verify as module
-from pipeline.analysis.verify import Report, draw, verify
+from pipeline.analysis import columns, sample
+from pipeline.analysis.sample import draw
+from pipeline.analysis.verify import Report, verify
 from pipeline.dataset import partition
 from pipeline.dataset.partition import PartitionWriter, list_values
 from pipeline.dataset.read import Dataset
@@ -166,7 +166,7 @@ class TestSound:
         assert (verified(dataset).verdict, verified(dataset, deep=False).num_compared) == ("", 30)
 
         bucket.fs.rm_file(f"{bucket.name}/out/{dataset.entries()[1].path}")
-        bucket.put("002", shard_members(noise(10, seed=9), 20))
+        bucket.put("002", shard_members(noise(2, seed=9), 20))
         damaged = last_line(invoke("verify", bucket.output, "--json", "--endpoint-url", bucket.endpoint_url, env=s3.env()))
         assert [(each["kind"], each["shard"][-7:]) for each in damaged["findings"]] == [("missing", "001.tar")]
         assert {each["shard"][-7:] for each in damaged["unavailable"]} == {"002.tar"}
@@ -218,7 +218,7 @@ class TestFiles:
         assert kinds(report) == {"num_bytes", "recipe_id", "layout_id", "columns", "recipe", "layout"}
         messages = {finding.kind: finding.message for finding in report.findings}
         assert "weights: seed:0 -> seed:1" in messages["recipe"]
-        assert messages["columns"] == "columns: the file has others or another order, the log label int64"
+        assert messages["columns"] == "columns: the file has fewer or another order, the log label int64"
         assert report.num_compared == 19
 
     def test_a_log_with_another_number_of_rows(self, output: Path) -> None:
@@ -473,6 +473,14 @@ class TestSource:
         assert report.verdict.startswith("none of the 29 sampled rows could be compared")
         assert verified(folder / "out", rows=0).verdict == ""
 
+    def test_a_shard_that_has_become_shorter_is_not_asked_for_again(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (folder / "source" / "a.tar").write_bytes(tar_bytes(shard_members(IMAGES[:2], 0)))
+        monkeypatch.setattr("pipeline.storage.time.sleep", lambda seconds: pytest.fail("it waits"))
+        report = verified(folder / "out")
+        assert (report.verdict, report.num_compared, len(report.unavailable)) == ("", 21, 8)
+
     def test_a_compressed_archive(self, tmp_path: Path) -> None:
         (tmp_path / "a.tar.gz").write_bytes(gzip.compress(tar_bytes(shard_members(IMAGES[:3], 0))))
         report = verified(committed(settings(f"{tmp_path}/*.tar.gz", tmp_path / "out", source__format="webdataset")))
@@ -512,7 +520,7 @@ class TestSample:
 
     def test_rows_of_many_row_groups(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(partition, "MAX_ROWS_PER_GROUP", 7)
-        monkeypatch.setattr(module, "UNIT_ROWS", 4)
+        monkeypatch.setattr(sample, "UNIT_ROWS", 4)
         (tmp_path / "a.tar").write_bytes(tar_bytes(shard_members(IMAGES, 0)))
         dataset = committed(settings(f"{tmp_path}/*.tar", tmp_path / "out"))
         assert pq.ParquetFile(dataset.files()[0].removeprefix("file://")).num_row_groups == 5
