@@ -17,7 +17,7 @@ FORMAT_VERSION = 1
 
 TOLERANCE = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 5e-2, "float16": 5e-3}
 """By precision: two embeddings of one picture are equal when they differ by at most this share of the largest value. Programs
-and devices round differently; only float32 does so in its last digits."""
+and devices round differently, and only float32 in its last digits; the others allow more than a step of what is stored."""
 
 
 def digest(*parts: str) -> str:

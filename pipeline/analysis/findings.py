@@ -48,13 +48,12 @@ class Report:
     deep: bool
     """Whether all columns were read."""
     tolerance: float
-    """Share of a row's largest value by which it may differ from what its image gives now; where values are rounded, by one
-    step of float16 more."""
+    """Share of a row's largest value by which it may differ from what its image gives now."""
     num_sampled: int = 0
     num_compared: int = 0
     """Rows whose image was embedded again."""
     max_difference: float = 0.0
-    """Of the rows that agree, as a share of their largest value; what rounding explains is taken off."""
+    """Of the rows that agree, as a share of their largest value."""
     findings: list[Finding] = field(default_factory=list)
     unavailable: list[Finding] = field(default_factory=list)
     """Sampled rows whose image the source no longer has, or cannot give by itself: not the dataset's fault."""

@@ -21,7 +21,6 @@ from pipeline.analysis.findings import Finding, Report
 from pipeline.dataset.read import PLACE_COLUMNS, Dataset
 from pipeline.dataset.table import Entry
 from pipeline.errors import DatasetError, SampleError, SourceChanged, StorageError, StorageRefused, WorldError
-from pipeline.recipe import Recipe
 
 NUM_THREADS = 16
 """Images that are fetched at once."""
@@ -31,7 +30,6 @@ UNIT_ROWS = 1000
 """Rows of one partition that are read in one go."""
 BATCH_ROWS = 16
 """Images that are fetched and embedded together."""
-MAX_FLOAT16 = 65504.0
 
 Embed = Callable[[Sequence[bytes]], tuple[Mapping[str, NDArray[np.float32]], Mapping[int, SampleError]]]
 """Column to (M, D) float32 of the M images that could be embedded, in order; and by position why the others could not. See
@@ -69,7 +67,6 @@ def compare(
         for number, positions in drawn.items()
         for first in range(0, len(positions), UNIT_ROWS)
     ]
-    rounded = Recipe(fields=dataset.recipe, widths=dataset.nodes).rounded
     with ThreadPoolExecutor(NUM_THREADS) as threads:
         for batch in _batches(_read(dataset, units, threads, report.findings), BATCH_ROWS):
             rows, images = [], []
@@ -82,7 +79,7 @@ def compare(
                         Finding.of(row.entry, "image", image.why, row.place["key"])
                     )
             if images:
-                _compare(rows, *embed(images), rounded, report)
+                _compare(rows, *embed(images), report)
 
 
 def draw(counts: Sequence[int], num_rows: int, seed: int) -> dict[int, list[int]]:
@@ -167,7 +164,6 @@ def _compare(
     rows: Sequence[_Row],
     made: Mapping[str, NDArray[np.float32]],
     errors: Mapping[int, SampleError],
-    rounded: bool,
     report: Report,
 ) -> None:
     """Hold rows against what their images give now."""
@@ -179,7 +175,7 @@ def _compare(
     report.num_compared += len(compared)
     for number, row in enumerate(compared):
         for name, values_D in row.embeddings.items():
-            difference = _difference(values_D, made[name][number], rounded)
+            difference = _difference(values_D, made[name][number])
             if difference <= report.tolerance:
                 report.max_difference = max(report.max_difference, difference)
                 continue
@@ -187,16 +183,14 @@ def _compare(
             report.findings.append(Finding.of(row.entry, "embedding", f"{message}{report.tolerance:g}", row.place["key"]))
 
 
-def _difference(found_D: NDArray[np.float32], expected_D: NDArray[np.float32], rounded: bool) -> float:
-    """The largest difference as a share of the largest value, less one step of float16 where values were rounded."""
+def _difference(found_D: NDArray[np.float32], expected_D: NDArray[np.float32]) -> float:
+    """The largest difference as a share of the largest value. A step of float16 is a thousandth of it at most: less than the
+    tolerance of every precision that is rounded.
+    """
     if found_D.shape != expected_D.shape or not np.isfinite(found_D).all():
         return math.inf
-    difference_D = np.abs(found_D - expected_D)
-    if rounded:
-        larger_D = np.maximum(np.abs(found_D), np.abs(expected_D)).clip(max=MAX_FLOAT16)
-        difference_D = np.maximum(difference_D - np.spacing(larger_D.astype(np.float16)), 0)
     largest = float(np.abs(expected_D).max(initial=0.0))
-    return float(difference_D.max(initial=0.0)) / max(largest, 1e-12)
+    return float(np.abs(found_D - expected_D).max(initial=0.0)) / max(largest, 1e-12)
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

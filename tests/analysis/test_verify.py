@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bucket import Bucket
 from commands import cli, invoke, last_line
 from conftest import noise, settings, shard_members, tar_bytes
 from models import tiny
+from numpy.typing import NDArray
 from quick import committed
 from s3 import S3Server
 
@@ -31,7 +33,7 @@ from pipeline.dataset import partition
 from pipeline.dataset.partition import PartitionWriter, list_values
 from pipeline.dataset.read import Dataset
 from pipeline.dataset.table import Table
-from pipeline.errors import BackboneError, DatasetError
+from pipeline.errors import BackboneError, DatasetError, SampleError
 from pipeline.extract.embedder import Embedder
 from pipeline.recipe import Layout, Recipe
 from pipeline.storage import Store
@@ -394,8 +396,8 @@ class TestRows:
     def test_a_bit_that_fell_over(self, output: Path) -> None:
         path = partition_of(output, "a")
         content = bytearray(path.read_bytes())
-        column = pq.read_metadata(path).row_group(0).column(0)
-        assert column.path_in_schema == "key"
+        group = pq.read_metadata(path).row_group(0)
+        column = next(each for each in map(group.column, range(group.num_columns)) if each.path_in_schema.startswith("raw."))
         content[column.data_page_offset + column.total_compressed_size - 3] ^= 1
         path.write_bytes(content)
         (finding,) = verified(output, rows=0).findings
@@ -404,6 +406,7 @@ class TestRows:
         assert "CRC" in finding.message
         (finding,) = verified(output, deep=False).findings
         assert finding.message.startswith("10 of its rows cannot be read: ")
+        assert "CRC" in finding.message
 
     @pytest.mark.parametrize(
         ("column", "value", "message"),
@@ -453,6 +456,38 @@ class TestRows:
         finding = next(each for each in report.findings if each.kind == "image")
         assert finding.key == "00006"
         assert "the shard is unchanged, but not what the row says of its image" in finding.message
+
+    def test_rows_that_lead_to_no_image_where_only_the_sample_is_read(self, output: Path) -> None:
+        dataset = pipeline.open_dataset(str(output))
+        entry = next(each for each in dataset.entries() if each.shard.endswith("a.tar"))
+        table = pq.read_table(output / entry.path)
+        for name, row, value in (("shard", 1, "file:///elsewhere.tar"), ("url", 2, None), ("nbytes", 5, None)):
+            cells = table.column(name).to_pylist()
+            cells[row] = value
+            table = table.set_column(table.schema.get_field_index(name), name, pa.array(cells))
+        pq.write_table(table, output / entry.path)
+        entry = dataclasses.replace(entry, num_bytes=(output / entry.path).stat().st_size)
+        report = verify(dataset, rows=0, deep=False)
+        report.findings.clear()
+        sample.compare(dataset, [(entry, 10)], Embedder(dataset.recipe).embed, 10, 0, report)
+        assert [(finding.key, finding.kind, finding.message) for finding in report.findings] == [
+            ("00001", "image", "the row says that it is of file:///elsewhere.tar"),
+            ("00002", "image", "url is null"),
+            ("00005", "image", "nbytes is null"),
+        ]
+        assert (report.num_compared, report.unavailable) == (7, [])
+
+    def test_images_that_can_no_longer_be_embedded(self, sound: Path) -> None:
+        dataset = pipeline.open_dataset(str(sound / "out"))
+        embedder, refused = Embedder(dataset.recipe), {IMAGES[4], IMAGES[9]}
+
+        def embed(images: Sequence[bytes]) -> tuple[dict[str, NDArray[np.float32]], dict[int, SampleError]]:
+            return embedder.embed([b"" if image in refused else image for image in images])
+
+        report = verify(dataset, embed, 1000)
+        assert [(finding.kind, finding.key) for finding in report.findings] == [("image", "00004"), ("image", "00009")]
+        assert report.findings[0].message == "its image can no longer be embedded: the image has zero bytes"
+        assert report.num_compared == 27
 
 
 class TestSource:
