@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pipeline.analysis.verify import Report
 
 MAX_SHOWN = 100
-"""Findings that a terminal gets; `--json` has them all."""
+"""Lines of one kind that a terminal gets; `--json` has them all."""
 
 
 def verify(
@@ -72,10 +72,12 @@ def _show(url: str, found: Report) -> None:
     if found.num_sampled:
         largest = f"largest difference {found.max_difference:.2g} of the largest value, allowed is {found.tolerance:g}"
         shown.append(("sample", f"{found.num_compared:,} of {found.num_sampled:,} rows embedded again; {largest}"))
-    for what, findings in (("source", found.unavailable), ("wrong", found.findings)):
-        lines = [str(finding) for finding in findings[:MAX_SHOWN]]
-        if len(findings) > MAX_SHOWN:
-            lines.append(f"and {len(findings) - MAX_SHOWN:,} more, which --json lists")
-        shown += [(what if not number else "", line) for number, line in enumerate(lines)]
+    without: dict[str, list[str]] = {}
+    for finding in found.unavailable:
+        without.setdefault(finding.shard, []).append(finding.message)
+    no_image = [f"no image for {len(messages):,} of them: {messages[0]}" for messages in without.values()]
+    for what, lines in (("source", no_image), ("wrong", [str(finding) for finding in found.findings])):
+        rest = [f"and {len(lines) - MAX_SHOWN:,} more lines, which --json has"] if len(lines) > MAX_SHOWN else []
+        shown += [(what if not number else "", line) for number, line in enumerate([*lines[:MAX_SHOWN], *rest])]
     shown.append(("time", terminal.duration(found.seconds)))
     terminal.show_pairs(shown)

@@ -584,6 +584,18 @@ class TestCommand:
         assert "b.tar): the file is not there" in spoken.stdout
         assert spoken.stderr == f"error: {output}: 1 of 3 partitions are not what they should be\n"
 
+    def test_what_only_the_source_has_lost(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (folder / "source" / "a.tar").unlink()
+        (folder / "source" / "b.tar").unlink()
+        spoken = invoke("verify", folder / "out")
+        assert spoken.returncode == 0
+        assert "10 of 29 rows embedded again" in spoken.stdout
+        assert f"source      no image for 10 of them: file://{folder}/source/a.tar: there is no such file" in spoken.stdout
+        monkeypatch.setattr("pipeline.cli.verify.MAX_SHOWN", 1)
+        lines = invoke("verify", folder / "out").stdout.splitlines()
+        assert "            and 1 more lines, which --json has" in lines
+        assert not any("b.tar" in line for line in lines)
+
     def test_other_weights_than_those_of_the_recipe(self, tmp_path: Path) -> None:
         write_source(tmp_path / "source")
         weights = tmp_path / "w.safetensors"
