@@ -19,7 +19,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-BATCH_ROWS = 4096
+BATCH_BYTES, MAX_BATCH_ROWS = 4 << 20, 4096
+"""Of embeddings, decoded at a time."""
+BUFFER_BYTES = 1 << 20
+"""A column of a row group is read through it, not in one piece."""
 LENGTH_TOLERANCE, ROUNDED_LENGTH_TOLERANCE = 1e-4, 2e-3
 """How far the length of a normalised embedding may be from 1: summed in float32; and each value rounded by half of 1/1024."""
 MAX_FLOAT16 = 65504.0
@@ -58,17 +61,18 @@ class Problem:
 def check(handle: BinaryIO, expected: Expected) -> list[Problem]:
     """Read all rows, verifying the checksums of the pages; carried columns are left out.
 
-    Memory: a row group, and the keys and positions of the partition.
+    Memory: some batches, a page, and the keys and positions of the partition.
 
     Raises:
         OSError: a page is damaged.
         pyarrow.ArrowException: so is the file.
     """
-    file = pq.ParquetFile(handle, page_checksum_verification=True)
+    file = pq.ParquetFile(handle, buffer_size=BUFFER_BYTES, page_checksum_verification=True)
+    batch_rows = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES // (4 * sum(expected.nodes.values()))))
     tally, last = _Tally(), -1
     keys: list[pa.Array] = []
     positions: list[NDArray[np.int64]] = []
-    for batch in file.iter_batches(BATCH_ROWS, columns=[*_NEVER_NULL, *_OTHERS, *expected.nodes]):
+    for batch in file.iter_batches(batch_rows, columns=[*_NEVER_NULL, *_OTHERS, *expected.nodes]):
         tally.keys = batch.column("key")
         _check_places(batch, expected, tally)
         index_B = batch.column("index").fill_null(-1).to_numpy()
