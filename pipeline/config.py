@@ -26,6 +26,9 @@ ColumnType = Literal["string", "int64", "float64", "bool"]
 RESERVED_COLUMNS = frozenset({"key", "label", "shard", "index", "url", "offset", "nbytes", "content_hash", "width", "height"})
 """Column names of every dataset, not free for nodes and carried columns."""
 
+MAX_PIXELS = 2**31 - 1
+"""Of one image, at most."""
+
 _COLUMN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _CREDENTIALS = re.compile(r"://[^/@\s\[]*:(?!\d+(?:/|$))[^@\s]*@|(?<=http)://[^/@\s]*@|(?<=https)://[^/@\s]*@")
 """`user:password@`, where a password may hold a slash as AWS's do, or a token in front of a web host; a port is none."""
@@ -89,7 +92,7 @@ class Source(Section):
     """Parquet column with the sample's key; the row number when left out."""
     group_size: Annotated[int, Field(ge=1, le=100_000), _NUMBER] = 1000
     """Loose files: mean number of files in a shard."""
-    max_pixels: Annotated[int, Field(ge=1, le=2**31 - 1), _NUMBER] = 100_000_000
+    max_pixels: Annotated[int, Field(ge=1, le=MAX_PIXELS), _NUMBER] = 100_000_000
     """An image whose header claims more pixels is quarantined before anything is decoded."""
     storage: Storage = Storage()
 

@@ -6,6 +6,7 @@ PipelineError
 │   ├── SourceError        the source is not there, is empty, or is not of the named format
 │   ├── BackboneError      no such model, weights or node
 │   └── DatasetError       no dataset there, or one that this version cannot read
+│       └── SourceChanged    the image that a row was made from is no longer there
 ├── WorldError           what the world did: exit code 1
 │   ├── StorageError       the store refused or failed, after the retries that made sense
 │   ├── ShardError         one shard cannot be read: names the shard; the others go on
@@ -14,6 +15,7 @@ PipelineError
 │   ├── BudgetExceeded     more samples were quarantined than the config allows: nothing was committed
 │   ├── RemovalRefused     more of the dataset would vanish than the config allows: nothing was committed
 │   ├── IncompleteRun      shards failed: says which
+│   ├── VerifyFailed       a dataset is not what its log and its source say
 │   └── CommitConflict     another run committed first
 ├── GuardError           what we or the model did: a promise was about to be broken (exit code 1)
 └── SampleError          one sample: never leaves the process, becomes a quarantine row
@@ -53,6 +55,10 @@ class DatasetError(UserError):
     """There is no dataset at this place, or its format is newer than this program."""
 
 
+class SourceChanged(DatasetError):
+    """The source has other bytes where the image of a row was."""
+
+
 class WorldError(PipelineError):
     """Something outside this program failed."""
 
@@ -89,6 +95,10 @@ class RemovalRefused(RunError):
 
 class IncompleteRun(RunError):
     """Some shards could not be extracted."""
+
+
+class VerifyFailed(RunError):
+    """Partitions or rows of a dataset are not what they should be."""
 
 
 class CommitConflict(RunError):

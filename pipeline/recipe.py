@@ -15,6 +15,10 @@ from typing import Any
 FORMAT_VERSION = 1
 """Of the dataset on storage. A reader refuses a newer one."""
 
+TOLERANCE = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 5e-2, "float16": 5e-3}
+"""By precision: two embeddings of one picture are equal when they differ by at most this share of the largest value. Programs
+and devices round differently, and only float32 in its last digits; the others allow more than a step of what is stored."""
+
 
 def digest(*parts: str) -> str:
     """32 hex digits (128 bits of SHA-256) over text parts; `("a", "b")` and `("ab",)` differ."""
@@ -45,6 +49,11 @@ class Recipe:
     def rounded(self) -> bool:
         """Whether stored values are rounded to what float16 can hold."""
         return self.fields["precision"] in {"bfloat16", "float16"}
+
+    @property
+    def tolerance(self) -> float:
+        """How far two embeddings of one picture may be apart, as a share of the largest value; see `TOLERANCE`."""
+        return TOLERANCE[self.fields["precision"]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

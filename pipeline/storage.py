@@ -194,9 +194,21 @@ class Store:
         return cast(bytes, _retry(lambda: fs.cat_file(path), url))
 
     def read_range(self, url: str, start: int, num_bytes: int) -> bytes:
-        """One ranged read."""
+        """One ranged read.
+
+        Raises:
+            StorageError: the object has fewer bytes, is gone, or the store refused.
+        """
         fs, path = self.locate(url)
-        return self._exactly(num_bytes, lambda: fs.cat_file(path, start=start, end=start + num_bytes), url)
+
+        def read() -> bytes:
+            payload = cast(bytes, fs.cat_file(path, start=start, end=start + num_bytes))
+            # Cut on the way it would be asked for again; a shorter object gives no more the fifth time.
+            if len(payload) < num_bytes and self.stat(url).num_bytes < start + num_bytes:
+                raise StorageError(f"{url}: has no {num_bytes} bytes from byte {start} on")
+            return payload
+
+        return self._exactly(num_bytes, read, url)
 
     def open(self, file: FileStat) -> BinaryIO:
         """A seekable reader of the object that was listed; bounded pieces are read ahead of a sequential reader.

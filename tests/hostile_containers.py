@@ -293,10 +293,11 @@ def pickled_type() -> bytes:
     return written(pa.table([["a", "b", "c"], [jpeg(1), jpeg(2), jpeg(3)], [1, 2, 3]], schema=schema))
 
 
-def page_of_huge_length() -> bytes:
+def page_of_huge_length(columns: dict[str, list[Any]] | None = None) -> bytes:
     """The header of the last column's page claims 2,000,000,000 bytes: a number of Thrift's compact protocol."""
-    data = written(pa.table({"key": ["a"], "image": [jpeg(1)], "label": [1]}), compression="none", use_dictionary=False)
-    at = pq.read_metadata(io.BytesIO(data)).row_group(0).column(2).data_page_offset
+    table = pa.table(columns or {"key": ["a"], "image": [jpeg(1)], "label": [1]})
+    data = written(table, compression="none", use_dictionary=False)
+    at = pq.read_metadata(io.BytesIO(data)).row_group(0).column(table.num_columns - 1).data_page_offset
     assert (data[at : at + 3], data[at + 4]) == (b"\x15\0\x15", 0x15), "the page's kind, its size unpacked, then packed"
     return data[: at + 5] + b"\x80\xd0\xac\xf3\x0e" + data[at + 6 :]
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import typer
 
-from pipeline.cli import dataset, run, setup
+from pipeline.cli import dataset, embed, run, setup, verify
 from pipeline.cli.common import PlainFormatter
 
 COMMANDS: tuple[Callable[..., None], ...] = (
@@ -22,7 +22,9 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     run.plan,
     dataset.status,
     dataset.diff,
+    verify.verify,
     dataset.vacuum,
+    embed.embed,
     run.bench,
     setup.demo,
     setup.schema,

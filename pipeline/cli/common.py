@@ -14,6 +14,7 @@ from pipeline.errors import PipelineError, printable
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file with the config.")]
 OutputUrl = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or URL of a dataset.")]
+Version = Annotated[int | None, typer.Option("--version", metavar="N", help="Number of a version; the newest when left out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line on stdout.")]
 EndpointUrl = Annotated[str | None, typer.Option(help="Endpoint of an S3-compatible store.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field of the config.")]

@@ -144,6 +144,7 @@ class PartitionWriter:
             use_dictionary=["shard", "url"],
             use_byte_stream_split=leaves if rounded else False,
             write_statistics=["key", "index"],
+            write_page_checksum=True,  # so that a reader who asks can tell a bit that fell over
             store_schema=False,  # with it Polars refuses the file
         )
         self.num_rows = 0
@@ -240,16 +241,39 @@ def check(target: Target, partition: Partition) -> None:
     url = join(target.url, partition.path)
     file = target.store.stat(url)
     content = read_footer(target.store, file)
-    wanted = [(field.name, field.type) for field in target.schema]
-    for what, found, expected in (
-        ("size", file.num_bytes, partition.num_bytes),
-        ("rows", content["stored"], (partition.num_rows, wanted)),
-        ("description", partition_of(partition.path, partition.num_bytes, content), partition),
-        ("recipe", content["recipe"], json.loads(canonical(target.recipe.fields))),
-        ("counts", partition.reconciles, True),
-    ):
-        if found != expected:
-            raise GuardError(f"{url}: {what} in the file: {found}; expected: {expected}; nothing was committed")
+    wrong = disagreements(file, content, partition, target.schema, target.recipe.fields, target.layout.fields)
+    if wrong:
+        what, found, expected = wrong[0]
+        raise GuardError(f"{url}: {what} in the file: {found}; expected: {expected}; nothing was committed")
+
+
+def disagreements(
+    file: FileStat,
+    content: Mapping[str, Any],
+    partition: Partition,
+    arrow_schema: pa.Schema,
+    recipe: Mapping[str, Any],
+    layout: Mapping[str, Any],
+) -> list[tuple[str, Any, Any]]:
+    """Where a file and its footer are not the partition that they should be: what, found, expected. Empty where all agrees.
+
+    Raises:
+        KeyError: the footer lacks what every one has.
+    """
+    described = partition_of(partition.path, file.num_bytes, content)
+    num_rows, columns = content["stored"]
+    compared = [
+        *(
+            (field.name, getattr(described, field.name), getattr(partition, field.name))
+            for field in dataclasses.fields(Partition)
+        ),
+        ("rows", num_rows, described.num_rows),
+        ("columns", columns, [(field.name, field.type) for field in arrow_schema]),
+        ("recipe", content["recipe"], json.loads(canonical(recipe))),
+        ("layout", content["layout"], json.loads(canonical(layout))),
+        ("reconciles", described.reconciles, True),
+    ]
+    return [(what, found, expected) for what, found, expected in compared if found != expected]
 
 
 def partition_of(path: str, num_bytes: int, content: Mapping[str, Any]) -> Partition:

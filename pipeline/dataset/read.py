@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import html
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -23,8 +23,9 @@ from pipeline.config import Storage
 from pipeline.dataset import partition
 from pipeline.dataset.partition import Quarantined
 from pipeline.dataset.table import Entry, Table
-from pipeline.errors import DatasetError, StorageError, StorageRefused, nearest
-from pipeline.storage import Store, join
+from pipeline.errors import DatasetError, ShardError, SourceChanged, StorageError, StorageRefused, nearest
+from pipeline.source.parquet import open_file
+from pipeline.storage import FileStat, Store, join
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +67,11 @@ class Dataset:
     def version(self) -> int:
         """Number of the version."""
         return self.table_.version
+
+    @property
+    def source(self) -> Store:
+        """How to reach the images that it was made from."""
+        return self._source
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -141,6 +147,28 @@ class Dataset:
         with self._open(entry) as file:
             return pq.read_table(file, columns=list(columns))
 
+    def rows(self, entry: Entry, positions: Sequence[int], columns: Sequence[str]) -> pa.Table:
+        """Some rows of one partition, by their ascending numbers in it; only their row groups are read, one after the other.
+
+        Raises:
+            OSError: a page is not what its checksum says.
+        """
+        names, found, first = self._names(columns), [], 0
+        with self._present(entry) as url:
+            handle = _Ranges(self.table_.store, url, entry.num_bytes)
+            file = pq.ParquetFile(handle, pre_buffer=True, page_checksum_verification=True)
+            for group in range(file.num_row_groups):
+                end = first + file.metadata.row_group(group).num_rows
+                if wanted := [position - first for position in positions if first <= position < end]:
+                    found.append(file.read_row_group(group, columns=names).take(wanted))
+                first = end
+            return pa.concat_tables(found or [file.schema_arrow.empty_table()]).select(names)
+
+    def stat(self, entry: Entry) -> FileStat:
+        """The file of one partition as it is now."""
+        with self._present(entry) as url:
+            return self.table_.store.stat(url)
+
     def quarantine(self) -> list[Quarantined]:
         """What could not be embedded, of the partitions of this version."""
         rows: list[Quarantined] = []
@@ -160,18 +188,24 @@ class Dataset:
             shard: URL of its shard; needed where several shards have that key.
 
         Raises:
-            DatasetError: no such sample, or several; its image is not what was embedded, or cannot be read by itself.
+            DatasetError: no such sample, or several; its image cannot be read by itself.
+            SourceChanged: its image is not what was embedded.
             StorageError: the source cannot be read.
         """
-        row = self._find(key, shard)
+        return self.image_of(self._find(key, shard))
+
+    def image_of(self, row: Mapping[str, Any]) -> bytes:
+        """The same for a row that is known, as a mapping of `PLACE_COLUMNS`."""
         if row["offset"] is not None:
             image = _range(self._source, row)
         elif self.table_.layout_fields["format"] == "parquet":
             image = _cell(self._source, row)
         else:
-            raise DatasetError(f"{row['url']}: the image of {key!r} lies in a compressed archive and cannot be read by itself")
+            reason = f"the image of {row['key']!r} lies in a compressed archive and cannot be read by itself"
+            raise DatasetError(f"{row['url']}: {reason}")
         if image is None or _content_hash(image) != row["content_hash"]:
-            raise DatasetError(f"{row['url']}: the source has changed since version {self.version}: {key!r} has another image")
+            reason = f"the source has changed since version {self.version}: {row['key']!r} has another image"
+            raise SourceChanged(f"{row['url']}: {reason}")
         return image
 
     def _find(self, key: str, shard: str | None) -> dict[str, Any]:
@@ -275,7 +309,7 @@ def _content_hash(image: bytes) -> str:
     return hashlib.sha256(image).hexdigest()[:32]
 
 
-def _range(source: Store, row: dict[str, Any]) -> bytes | None:
+def _range(source: Store, row: Mapping[str, Any]) -> bytes | None:
     """The bytes that a row points at; None where the object has become too short for them."""
     try:
         return source.read_range(row["url"], row["offset"], row["nbytes"])
@@ -285,11 +319,12 @@ def _range(source: Store, row: dict[str, Any]) -> bytes | None:
         raise
 
 
-def _cell(source: Store, row: dict[str, Any]) -> bytes | None:
+def _cell(source: Store, row: Mapping[str, Any]) -> bytes | None:
     """The value with the row's content hash in row `index` of a Parquet file, in whichever column; None where none has it."""
-    with source.open(source.stat(row["url"])) as handle:
+    stat = source.stat(row["url"])
+    with source.open(stat) as handle:
         try:
-            file = pq.ParquetFile(handle, pre_buffer=False, buffer_size=1 << 20)
+            file = open_file(handle, stat)
             columns = [field.name for field in file.schema_arrow if _may_hold_bytes(field.type)]
             start = row["index"]
             for group in range(file.num_row_groups):
@@ -304,7 +339,7 @@ def _cell(source: Store, row: dict[str, Any]) -> bytes | None:
                     values = batch.slice(start, 1).to_pylist()[0]
                     return next((each for each in _bytes_in(values) if _content_hash(each) == row["content_hash"]), None)
                 start -= batch.num_rows
-        except pa.ArrowInvalid:  # no longer a Parquet file
+        except (ShardError, pa.ArrowException, OSError, ValueError):  # no longer a Parquet file, or a damaged one
             pass
     return None
 

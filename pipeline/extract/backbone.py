@@ -21,18 +21,15 @@ from torch.fx import GraphModule
 
 from pipeline import config
 from pipeline.config import Preprocess
-from pipeline.errors import BackboneError, GuardError
+from pipeline.errors import BackboneError, GuardError, SampleError
 from pipeline.extract.decode import DECODE_VERSION
 from pipeline.extract.model import Cut, build, cut, state_digest
-from pipeline.recipe import Recipe
+from pipeline.recipe import TOLERANCE, Recipe
 
 logger = logging.getLogger(__name__)
 
 EAGER, FOLDED, COMPILED = "eager", "batchnorm folded", "compiled"
 """Programs: the model as it is, and what may run in its place."""
-TOLERANCE = 1e-4
-"""Two float32 embeddings of one picture are equal when they differ by at most this share of the largest value."""
-_TOLERANCE = {"float32": TOLERANCE, "tf32": 5e-3, "bfloat16": 5e-2, "float16": 5e-3}
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 NUM_CHECKED = 8
 """Real pictures on which a faster equivalent has to agree with the model."""
@@ -169,6 +166,12 @@ class Backbone:
 
         return Pass(wait, lambda: begun.elapsed_time(computed) / 1000)
 
+    def refusals(self, outputs: Mapping[str, NDArray[np.float32]]) -> list[SampleError | None]:
+        """Row by row of what a pass gave: why it cannot be stored, None where it can."""
+        finite_B = np.logical_and.reduce([np.isfinite(values_BD).all(axis=1) for values_BD in outputs.values()])
+        message = f"the embedding is not finite in {self.spec.precision}"
+        return [None if is_finite else SampleError("embed", "NotFinite", message) for is_finite in finite_B]
+
     def adopt(self, batch_size: int, compiled: Callable[[torch.Tensor], Embeddings]) -> bool:
         """Let a compiled program run batches of one size, if it agrees with the model on the first real pictures."""
         assert self._real_BHWC is not None, "a batch was launched"
@@ -237,7 +240,7 @@ class Backbone:
             finite_BD = expected_BD.isfinite()
             if not torch.equal(found[column].isfinite(), finite_BD):
                 return column
-            if not _equal(found[column][finite_BD], expected_BD[finite_BD], _TOLERANCE[self.spec.precision]):
+            if not _equal(found[column][finite_BD], expected_BD[finite_BD], TOLERANCE[self.spec.precision]):
                 return column
         return ""
 
@@ -266,7 +269,7 @@ class Backbone:
                     f"backbone.nodes.{column}: node {self._nodes[column].node!r} gives {tuple(embeddings_BD.shape)} for a "
                     f"batch of {len(pictures_BHWC)}; choose a node with one row per image"
                 )
-            if not _equal(embeddings_BD[0], alone[column][0], _TOLERANCE[self.spec.precision]):
+            if not _equal(embeddings_BD[0], alone[column][0], TOLERANCE[self.spec.precision]):
                 raise GuardError(
                     f"backbone.nodes.{column}: an image's embedding changes with its neighbours in the batch; "
                     "does the model use batch statistics (BatchNorm with track_running_stats=False)?"

@@ -335,18 +335,17 @@ class Loop:
         if self._backbone.device.type != "cpu":
             self.stages.add("device", seconds)
         self.first_batch_at = self.first_batch_at or time.time()
-        finite_B = np.logical_and.reduce([np.isfinite(values_BD).all(axis=1) for values_BD in outputs.values()])
+        refusals_B = self._backbone.refusals(outputs)
         touched: dict[OpenShard, None] = {}
         for slot, row in enumerate(batch.rows):
             if row is None or row.opened.closed:
                 continue
-            if finite_B[slot]:
+            if (refusal := refusals_B[slot]) is None:
                 row.embeddings = {column: values_BD[slot] for column, values_BD in outputs.items()}
                 row.opened.rows[row.sample.index] = row
                 touched[row.opened] = None
             else:
-                error = SampleError("embed", "NotFinite", f"the embedding is not finite in {self._backbone.spec.precision}")
-                self._quarantine(row.opened, row.sample, error)
+                self._quarantine(row.opened, row.sample, refusal)
         self._batches.free(batch)
         for opened in touched:
             self._flush(opened)

@@ -54,7 +54,7 @@ def read(source: Source, store: Store, shard: Shard) -> Iterator[Sample]:
     import pyarrow as pa
 
     with store.open(shard.files[0]) as handle:
-        file = _open(handle, shard.files[0])
+        file = open_file(handle, shard.files[0])
         try:
             image = _check(source, file.schema_arrow)
             carried = {name.rpartition(".")[2]: name for name in source.columns or []}
@@ -106,7 +106,12 @@ def _files(source: Source, store: Store) -> Iterator[FileStat]:
                 yield file
 
 
-def _open(handle: BinaryIO, file: FileStat) -> pq.ParquetFile:
+def open_file(handle: BinaryIO, file: FileStat) -> pq.ParquetFile:
+    """A Parquet file from anyone, read through buffers that do not grow with what it claims.
+
+    Raises:
+        ShardError: it is none.
+    """
     # What the columns claim of themselves is not looked at: some of it ends the process that asks pyarrow for it.
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -174,7 +179,7 @@ def _first_schema(source: Source, store: Store) -> pa.Schema:
     for file in _files(source, store):
         with store.open(file) as handle:
             try:
-                return _open(handle, file).schema_arrow
+                return open_file(handle, file).schema_arrow
             except ShardError as error:  # one damaged file does not stop the others
                 unreadable = unreadable or error
     raise unreadable or SourceError(f"source.url: {', '.join(source.urls)} holds no Parquet file")
@@ -238,7 +243,7 @@ def _portable(field: pa.Field, where: str) -> pa.DataType:
     if pa.types.is_boolean(kind) or pa.types.is_date32(kind):
         return kind
     if pa.types.is_timestamp(kind):
-        return pa.timestamp("us", tz=kind.tz)
+        return pa.timestamp("us", tz="UTC" if kind.tz else None)  # Delta knows no other zone; it is the same moment
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return pa.string()
     raise ConfigError(f"{where}: {field.name!r} is {kind}; carried are text, numbers, truth values, dates and times")

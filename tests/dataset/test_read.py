@@ -13,12 +13,15 @@ import pytest
 from bucket import Bucket
 from conftest import noise, settings, shard_members, tar_bytes
 from faults import FaultProxy
+from hostile_containers import page_of_huge_length
+from meter import metered
+from quick import committed
 from s3 import S3Server
 
 import pipeline
 from pipeline import driver
 from pipeline.config import Storage
-from pipeline.errors import DatasetError, StorageRefused
+from pipeline.errors import DatasetError, SourceChanged, StorageRefused
 from pipeline.storage import Store
 
 WIDE = {"model": "torchvision/resnet18", "weights": "seed:0", "nodes": {"embedding": {"node": "flatten"}}}
@@ -178,6 +181,19 @@ class TestImages:
             dataset.image("key 59")
         source.write_bytes(whole)
         assert dataset.image("key 59") == images[59]
+
+    def test_a_damaged_parquet_source_takes_no_memory(self, tmp_path: Path) -> None:
+        source = tmp_path / "a.parquet"
+        columns = {"image": noise(1), "preview": [b"a"]}
+        pq.write_table(pa.table(columns), source)
+        dataset = committed(settings(source, tmp_path / "out", source__label=None, source__image="image"))
+        assert dataset.image("0") == columns["image"][0]
+        source.write_bytes(page_of_huge_length(columns))
+        with metered() as meter:
+            with pytest.raises(SourceChanged, match=r"a\.parquet: the source has changed since version 0: '0' has another"):
+                dataset.image("0")
+            _, num_bytes = meter()
+        assert num_bytes < 32 << 20
 
     def test_a_compressed_archive_has_no_ranges(self, tmp_path: Path, local_ray: None) -> None:
         (tmp_path / "a.tar.gz").write_bytes(gzip.compress(tar_bytes(shard_members(noise(1), 0))))
