@@ -211,6 +211,11 @@ class Store:
         self._check_version(file)
         return cast(BinaryIO, io.BufferedReader(_Pieces(self, file), buffer_size=1 << 16))
 
+    def local_path(self, url: str) -> str | None:
+        """The path of a file on this machine, which can be mapped into memory; None for every other store."""
+        fs, path = self.locate(url)
+        return path if _is_local(fs) else None
+
     def blocks(self, file: FileStat, start: int = 0) -> Iterator[bytes]:
         """The object that was listed from byte `start` to its last, in large blocks that are read ahead of need.
 
@@ -429,10 +434,19 @@ class _LocalUpload(io.FileIO):
 
         _retry(create, url)
 
+    def write(self, payload: Any) -> int:
+        """All of it: a raw file may take less than it is given, and a disk that is full does."""
+        left = view = memoryview(payload).cast("B")
+        with naming(self._url):
+            while left:
+                left = left[super().write(left) :]
+        return len(view)
+
     def commit(self) -> None:
-        os.fsync(self.fileno())
-        self.close()
-        os.replace(self._temporary, self._target)
+        with naming(self._url):
+            os.fsync(self.fileno())
+            self.close()
+            os.replace(self._temporary, self._target)
 
     def abort(self) -> None:
         self.close()
@@ -599,6 +613,15 @@ def _retry(attempt: Callable[[], T], url: str, missing_ok: bool = False) -> T:
                 raise StorageError(f"{url}: {type(error).__name__}: {error}") from None
         time.sleep(random.uniform(0.5, 1.0) * 0.2 * 4**number)
     raise AssertionError("the last attempt returns or raises")
+
+
+@contextlib.contextmanager
+def naming(url: str) -> Iterator[None]:
+    """What the system refuses names `url`. Nothing is tried again: a second fsync would hide what the first has lost."""
+    try:
+        yield
+    except OSError as error:
+        raise (StorageRefused if error.errno in _FINAL else StorageError)(f"{url}: {_reason(error)}") from None
 
 
 _FINAL = {errno.EINVAL, errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.EDQUOT}
