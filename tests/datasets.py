@@ -31,6 +31,7 @@ def write_dataset(
     columns: Mapping[str, Sequence[Any]] | None = None,
     precision: str = "float32",
     storage: Storage | None = None,
+    rows_per_group: int | None = None,
 ) -> Dataset:
     """Write a dataset and commit its first version.
 
@@ -44,6 +45,7 @@ def write_dataset(
         columns: what else is carried along, and `width` and `height` (100 x 75 when left out).
         precision: of the recipe. With float16 and bfloat16 values are stored as rounded, which they have to be.
         storage: how to reach `folder`.
+        rows_per_group: rows of a row group; as in a run when left out.
     """
     arrays = dict(embeddings) if isinstance(embeddings, Mapping) else {"embedding": embeddings}
     num_rows = len(next(iter(arrays.values())))
@@ -65,12 +67,14 @@ def write_dataset(
     layout = Layout(fields={"format_version": FORMAT_VERSION, "format": "webdataset", "label": None, "columns": {}})
     schema = partition.schema(recipe, carried)
     target = Target(store=Store(storage), url=str(folder), recipe=recipe, layout=layout, schema=schema)
+    step = rows_per_group or partition.rows_per_group(recipe)
     finished = []
     counts = rows_per_shard if not isinstance(rows_per_shard, int) else [rows_per_shard] * -(-num_rows // rows_per_shard)
     for shard, start in enumerate(itertools.accumulate(counts[:-1], initial=0) if counts else ()):
         part = slice(start, min(start + counts[shard], num_rows))
         piece = {name: list(values[part]) for name, values in rows.items()}
-        finished.append(_write(target, f"file:///shards/{shard:05d}.tar", piece, {n: a[part] for n, a in arrays.items()}))
+        some = {name: values[part] for name, values in arrays.items()}
+        finished.append(_write(target, f"file:///shards/{shard:05d}.tar", piece, some, step))
     table.create(target, "run 0", finished)
     return open_dataset(str(folder), storage=storage)
 
@@ -78,7 +82,9 @@ def write_dataset(
 SIZES = ("width", "height")
 
 
-def _write(target: Target, shard: str, rows: dict[str, list[Any]], embeddings: Mapping[str, NDArray[np.float32]]) -> Partition:
+def _write(
+    target: Target, shard: str, rows: dict[str, list[Any]], embeddings: Mapping[str, NDArray[np.float32]], step: int
+) -> Partition:
     """The partition of one shard."""
     num_rows = len(rows["key"])
     rows |= {
@@ -104,7 +110,6 @@ def _write(target: Target, shard: str, rows: dict[str, list[Any]], embeddings: M
     url = f"{target.url}/{made.path}"
     with target.store.publish(url) as file:
         writer = PartitionWriter(file, target.schema, rounded=target.recipe.rounded)
-        step = partition.rows_per_group(target.recipe)
         for start in range(0, num_rows, step):
             group = slice(start, start + step)
             writer.write({name: values[group] for name, values in rows.items()}, {n: a[group] for n, a in embeddings.items()})

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -35,8 +36,8 @@ FOOTER_KEY = b"pipeline.export"
 """What the footer of a Parquet file says of its origin."""
 
 _PART = re.compile(r"part-\d{5,}\.parquet")
-_COLUMN_FOOTER_BYTES = 256
-"""The footer needs less for a column of a row group."""
+_COLUMN_FOOTER_BYTES = 128
+"""The footer needs less for a column of a row group: 61 to 65 were seen."""
 
 
 @contextlib.contextmanager
@@ -95,8 +96,11 @@ def _remote_folder(store: Store, url: str) -> Iterator[None]:
 
     def clear() -> None:
         files = [file.url for file in store.list(url, missing_ok=True)]
-        for file in sorted(files, key=lambda each: not each.endswith(MARKER)):
-            store.delete(file)
+        for marker in (file for file in files if file.endswith(f"/{MARKER}")):
+            store.delete(marker)
+        with ThreadPoolExecutor(16) as threads:
+            for _ in threads.map(store.delete, files):
+                pass
 
     clear()
     try:
@@ -129,15 +133,15 @@ def check_folder(dataset: Dataset, url: str, overwrite: bool) -> None:
     """
     _check_outside(dataset, url)
     store = dataset.table_.store
-    if not store.exists(url):
-        return
-    top = join(store.absolute(url), "")
+    local, top = store.local_path(url), join(store.absolute(url), "")
     names = [file.url.removeprefix(top) for file in store.list(url, missing_ok=True)]
+    if not names and not (local and Path(local).exists()):  # remote folders are no more than the files in them
+        return
     foreign = next((name for name in names if name != MARKER and not _PART.fullmatch(name)), None)
     if overwrite and foreign is not None:
         raise ConfigError(f"{url}: holds {foreign}, which no export wrote, and is not replaced")
     if not overwrite:
-        unfinished = store.local_path(url) is None and foreign is None and MARKER not in names
+        unfinished = local is None and foreign is None and MARKER not in names
         state = f"holds an export that was never finished (it has no {MARKER})" if unfinished else "exists already"
         raise ConfigError(f"{url}: {state}; --overwrite replaces it")
 

@@ -4,7 +4,7 @@ An external distribution sort. The first reading takes keys only: rows that lie 
 shards do, are handed on as they are; of all others it takes samples, whose quantiles cut the keys into ranges. The second
 reading spreads the rows over a temporary file for each range; then every file is sorted by itself, and removed. A range that
 comes out too large is cut again, in the same way. Every row is written once for each level: one up to `MAX_RANGES` times
-`RANGE_BYTES` (17 GB), two up to 2 TB. No two rows of a dataset share key and shard, so the order is one and the same whatever
+`RANGE_BYTES` (13 GB), two up to 1.6 TB. No two rows of a dataset share key and shard, so the order is one and the same whatever
 order they come in.
 
 Memory: about three times `SORT_BYTES`. Embeddings have a fixed width on the way: to take rows of lists, Arrow makes an index
@@ -33,14 +33,14 @@ from numpy.typing import NDArray
 from pipeline.errors import StorageRefused
 
 ORDER = ("key", "shard")
-SORT_BYTES = 192 << 20
+SORT_BYTES = 128 << 20
 """So much is sorted in memory at once."""
-RANGE_BYTES = 128 << 20
+RANGE_BYTES = 96 << 20
 """What a range is meant to hold: they come out unequal, by 9 % of it with 128 samples for each."""
 MAX_RANGES = 128
 """Files that are written at once; some systems allow 256."""
 SAMPLES_PER_RANGE = 128
-PIECE_BYTES = 32 << 20
+PIECE_BYTES = 16 << 20
 """Rows are spread, and handed on, in pieces of about this size."""
 
 

@@ -17,9 +17,7 @@ ONLY_FOR: dict[str, Kind] = {"row-group-rows": "parquet", "file-bytes": "parquet
 
 def export(
     url: OutputUrl,
-    destination: Annotated[
-        str, typer.Argument(metavar="DEST", help="File (npy, faiss) or folder (parquet), at any URL.")
-    ],
+    destination: Annotated[str, typer.Argument(metavar="DEST", help="File (npy, faiss) or folder (parquet), at any URL.")],
     kind: Annotated[
         Kind,
         typer.Option("--to", help="An array to map into memory, Parquet files sorted by key, or an index for FAISS."),
@@ -37,9 +35,7 @@ def export(
     ] = None,
     faiss_index: Annotated[
         str | None,
-        typer.Option(
-            metavar="FACTORY", help="faiss: a factory string, such as IVF1024,Flat; Flat when left out."
-        ),
+        typer.Option(metavar="FACTORY", help="faiss: a factory string, such as IVF1024,Flat; Flat when left out."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an export has written there before.")] = False,
     endpoint_url: EndpointUrl = None,
