@@ -9,11 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
 import pytest
+from bucket import Bucket
 from commands import ROOT
 from datasets import write_dataset
+from s3 import S3Server
 
+from pipeline.config import Storage
 from pipeline.dataset.read import Dataset
 
 EXAMPLES = ROOT / "docs" / "examples"
@@ -22,7 +28,7 @@ NAMES = sorted(path.name for path in EXAMPLES.glob("*.py"))
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """90 rows of three classes that can be told apart, in four partitions, one of them empty, and two of a version before."""
+    """90 rows of three classes that can be told apart, in four partitions, one of them empty."""
     random = np.random.default_rng(0)
     classes = np.arange(90) % 3
     embeddings = random.standard_normal((90, 16)).astype(np.float32)
@@ -130,3 +136,18 @@ def test_faiss(dataset: Dataset, run: Any) -> None:
     nearest = np.argsort(-(embeddings[:3] @ embeddings.T), axis=1)[:, :5]
     printed_keys = [re.findall(r"(\d{3}) \(", line) for line in printed.splitlines()]
     assert printed_keys == [[dataset.keys()[row] for row in rows] for rows in nearest]
+
+
+def test_from_a_bucket(s3: S3Server) -> None:
+    bucket = Bucket(s3)
+    embeddings = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
+    dataset = write_dataset(bucket.output, embeddings, rows_per_shard=[10, 0, 20], storage=Storage(**bucket.storage))
+    files, keys = dataset.files(), dataset.keys()
+    log = pl.scan_delta(bucket.output, storage_options=s3.storage_options())
+    assert log.sort("shard", "index").collect()["key"].to_list() == keys
+    assert pl.read_parquet(files, storage_options=s3.storage_options())["key"].to_list() == keys
+    connection = duckdb.connect()
+    connection.register_filesystem(bucket.fs)
+    assert [key for (key,) in connection.read_parquet(files).select("key").fetchall()] == keys
+    paths = [file.removeprefix("s3://") for file in files]
+    assert pq.read_table(paths, filesystem=bucket.fs).column("key").to_pylist() == keys
