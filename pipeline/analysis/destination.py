@@ -94,12 +94,14 @@ def folder(dataset: Dataset, url: str, overwrite: bool) -> Iterator[str]:
 def _remote_folder(store: Store, url: str) -> Iterator[None]:
     """The old export goes before the new one comes, its marker first: never is a mix of the two taken for either."""
 
+    marker = join(store.absolute(url), MARKER)
+
     def clear() -> None:
         files = [file.url for file in store.list(url, missing_ok=True)]
-        for marker in (file for file in files if file.endswith(f"/{MARKER}")):
+        if marker in files:
             store.delete(marker)
         with ThreadPoolExecutor(16) as threads:
-            for _ in threads.map(store.delete, files):
+            for _ in threads.map(store.delete, [file for file in files if file != marker]):
                 pass
 
     clear()

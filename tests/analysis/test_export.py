@@ -21,6 +21,7 @@ import pytest
 from bucket import Bucket
 from commands import cli, last_line, start
 from datasets import write_dataset
+from faults import FaultProxy, Rule, status
 from numpy.typing import NDArray
 from s3 import S3Server
 
@@ -471,8 +472,8 @@ class TestInterrupted:
         write(dataset, f"{tmp_path}/to/old")
         before = {name: contents(tmp_path / "to" / name) for name in left(tmp_path / "to")}
         process = start("export", big.url, "--to", kind, tmp_path / "to" / "old", "--overwrite")
-        # The write that passes the limit is cut short, as on a disk that is full, and the next one fails.
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+        # The write that passes the limit is cut short, as on a disk that is full; of the array it is the last one.
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (450_000, resource.RLIM_INFINITY))
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out) == (1, "")
         assert err.startswith(f"error: {tmp_path}/to/")
@@ -553,6 +554,32 @@ class TestStore:
         with pytest.raises(StorageError, match="there is no such file"):
             export.to_npy(dataset, url)
         assert list(Store(storage).list(f"s3://{bucket.name}", missing_ok=True)) == before
+
+    def test_an_old_array_never_stands_beside_new_keys(self, dataset: Dataset, s3: S3Server) -> None:
+        with FaultProxy(s3.endpoint_url) as proxy:
+            bucket = Bucket(s3, proxy.endpoint_url)
+            there = open_dataset(dataset.url, storage=Storage(**bucket.storage))
+            url = f"s3://{bucket.name}/x.npy"
+            export.to_npy(there, url, node="other")
+            proxy.clear()
+            proxy.add(Rule(lambda request: request.matches("PUT", "/x.npy?"), status(403, "AccessDenied")))
+            with pytest.raises(StorageError):
+                export.to_npy(there, url, overwrite=True)
+            changes = [(each.method, Path(each.path).name) for each in proxy.requests if each.method in {"PUT", "DELETE"}]
+            assert changes == [("DELETE", "x.npy"), ("PUT", "x.npy.keys.parquet"), ("PUT", "x.npy")]
+
+    def test_an_old_folder_loses_its_marker_first(self, dataset: Dataset, s3: S3Server) -> None:
+        with FaultProxy(s3.endpoint_url) as proxy:
+            bucket = Bucket(s3, proxy.endpoint_url)
+            there = open_dataset(dataset.url, storage=Storage(**bucket.storage))
+            url = f"s3://{bucket.name}/sorted"
+            export.to_parquet(there, url, row_group_rows=30, file_bytes=1)
+            proxy.clear()
+            export.to_parquet(there, url, overwrite=True)
+            changes = [(each.method, Path(each.path).name) for each in proxy.requests if each.method in {"PUT", "DELETE"}]
+            assert changes[0] == ("DELETE", "_SUCCESS")
+            assert sorted(changes[1:-2]) == [("DELETE", f"part-0000{number}.parquet") for number in range(4)]
+            assert changes[-2:] == [("PUT", "part-00000.parquet"), ("PUT", "_SUCCESS")]
 
     def test_interrupted_by_its_user(self, dataset: Dataset, s3: S3Server) -> None:
         bucket = Bucket(s3)
