@@ -33,6 +33,8 @@ from pipeline.storage import Store
 
 SHARDS = [40, 0, 37, 3, 20]
 """Rows of each; the second had no good sample."""
+BATCH_ROWS = 23
+"""Of what is sorted, where a test makes it by hand."""
 
 
 def values(num_rows: int, width: int, seed: int = 0) -> NDArray[np.float32]:
@@ -238,14 +240,16 @@ class TestSort:
             [f"{number % 3}" for number in range(400)],
             [("é", "e", "z", "\U0001f600", "", "a\0")[number % 6] * (number % 7) for number in range(400)],
             [f"{number:04d}" for number in reversed(range(400))],
+            [f"{number - number // BATCH_ROWS:04d}" for number in range(400)],
         ],
-        ids=["shuffled", "one key", "three keys", "any text", "backwards"],
+        ids=["shuffled", "one key", "three keys", "any text", "backwards", "equal where a batch ends"],
     )
     def test_any_keys(self, keys: list[str], tmp_path: Path) -> None:
-        table = pa.table({"key": keys, "shard": [f"s{row:03d}" for row in range(400)], "row": range(400)})
+        shards = [f"s{number:03d}" for number in np.random.default_rng(1).permutation(400)]
+        table = pa.table({"key": keys, "shard": shards, "row": range(400)})
         found = list(sort.in_order(rows_of(table), tmp_path))
         assert max(each.nbytes for each in found) < 3 * sort.PIECE_BYTES
-        expected = sorted(zip(keys, table.column("shard").to_pylist(), range(400), strict=True))
+        expected = sorted(zip(keys, shards, range(400), strict=True))
         assert [tuple(row.values()) for each in found for row in each.to_pylist()] == expected
         assert left(tmp_path) == []
 
@@ -278,7 +282,7 @@ class TestSort:
 
 def rows_of(table: pa.Table) -> sort.Rows:
     def read(columns: Sequence[str] | None) -> list[pa.RecordBatch]:
-        return table.select(columns or table.column_names).to_batches(max_chunksize=23)
+        return table.select(columns or table.column_names).to_batches(max_chunksize=BATCH_ROWS)
 
     return sort.Rows(read=read, num_rows=table.num_rows, num_bytes=table.nbytes)
 
@@ -318,6 +322,19 @@ class TestFaiss:
         assert (told.count("read for training"), told.count("written")) == (2000, 2000)
         index.nprobe = 4
         assert np.array_equal(index.search(embeddings[:50], 1)[1][:, 0], np.argmax(embeddings[:50] @ embeddings.T, axis=1))
+
+    def test_the_training_sample_is_rows_from_all_over(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import faiss
+
+        embeddings = values(2000, 8) + np.linspace(0, 1, 2000, dtype=np.float32)[:, None]
+        dataset = write_dataset(tmp_path / "out", embeddings, rows_per_shard=300)
+        monkeypatch.setattr(export, "TRAIN_BYTES", 200 * 8 * 4)  # FAISS takes 256 a centroid
+        export.to_faiss(dataset, f"{tmp_path}/x.index", factory="IVF1,Flat")
+        index = faiss.read_index(str(tmp_path / "x.index"))
+        centroid = faiss.downcast_index(index.quantizer).reconstruct(0)  # the mean, of length 1
+        sampled = embeddings[sort.sample(2000, 200)]
+        mean = sampled.mean(axis=0)
+        assert np.allclose(centroid, mean / np.linalg.norm(mean), atol=1e-5)
 
     @pytest.mark.parametrize(
         ("factory", "reason"),
