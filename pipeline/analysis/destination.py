@@ -51,7 +51,7 @@ def file_and_keys(dataset: Dataset, url: str, overwrite: bool) -> Iterator[tuple
     _check_outside(dataset, url)
     for each in (url, keys_url):
         local = store.local_path(each)
-        if local is not None and Path(local).is_dir():
+        if url.endswith("/") or (local is not None and Path(local).is_dir()):
             raise ConfigError(f"{each}: is a folder; name a file")
         if not overwrite and store.exists(each):
             raise ConfigError(f"{each}: exists already; --overwrite replaces it")

@@ -220,7 +220,7 @@ def _stream(dataset: Dataset, name: str, keys_file: BinaryIO, put: Callable[[Any
 
 
 def _rows(dataset: Dataset, schema: pa.Schema, progress: Progress) -> sort.Rows:
-    """The rows of a dataset for sorting. Their size is that of the first ones."""
+    """The rows of a dataset for sorting. Their size is that of the first ones, but no less than that of the files."""
     size = _batch_size(dataset)
 
     def read(columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
@@ -229,8 +229,9 @@ def _rows(dataset: Dataset, schema: pa.Schema, progress: Progress) -> sort.Rows:
             yield sort.fixed(batch, dataset.nodes)
 
     first = next((batch for batch in dataset.iter_batches(schema.names, size) if batch.num_rows), None)
-    row_bytes = first.nbytes / first.num_rows if first is not None else 0
-    return sort.Rows(read=read, num_rows=len(dataset), num_bytes=round(len(dataset) * row_bytes))
+    like_first = first.nbytes * len(dataset) // first.num_rows if first is not None else 0
+    in_files = sum(entry.num_bytes for entry in dataset.entries())
+    return sort.Rows(read=read, num_rows=len(dataset), num_bytes=max(like_first, in_files))
 
 
 def _sample(dataset: Dataset, name: str, progress: Progress) -> NDArray[np.float32]:

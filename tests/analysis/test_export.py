@@ -408,8 +408,10 @@ class TestRefused:
         with pytest.raises(ConfigError, match=r"x\.keys\.parquet: exists already"):
             write(dataset, f"{tmp_path}/x")
         assert left(tmp_path) == ["x.keys.parquet"]
-        with pytest.raises(ConfigError, match="is a folder; name a file"):
-            write(dataset, str(tmp_path), overwrite=True)
+        for folder in (str(tmp_path), f"{tmp_path}/new/"):
+            with pytest.raises(ConfigError, match="is a folder; name a file"):
+                write(dataset, folder, overwrite=True)
+        assert left(tmp_path) == ["x.keys.parquet"]
 
     def test_only_what_an_export_wrote_is_replaced(self, dataset: Dataset, tmp_path: Path) -> None:
         (tmp_path / "mine").mkdir()
