@@ -45,6 +45,8 @@ FILES_AHEAD, FILES_AHEAD_BYTES = 32, 32 << 20
 """Small objects that are read one after the other are requested so many ahead, up to so many bytes."""
 ONE_PUT_BYTES = 64 << 20
 """Up to this size an object is published by one PUT, above it by a multipart upload."""
+PARTS_OF_A_SIZE = 1000
+"""Of a multipart upload to S3, which may have 10,000: growing by `ONE_PUT_BYTES`, they make 3.7 TB instead of 0.7."""
 ATTEMPTS = 5
 """Of one request: 17 seconds of waiting at most."""
 
@@ -222,6 +224,11 @@ class Store:
             return self._open_local(file, path)
         self._check_version(file)
         return cast(BinaryIO, io.BufferedReader(_Pieces(self, file), buffer_size=1 << 16))
+
+    def local_path(self, url: str) -> str | None:
+        """The path of a file on this machine, which can be mapped into memory; None for every other store."""
+        fs, path = self.locate(url)
+        return path if _is_local(fs) else None
 
     def blocks(self, file: FileStat, start: int = 0) -> Iterator[bytes]:
         """The object that was listed from byte `start` to its last, in large blocks that are read ahead of need.
@@ -441,10 +448,19 @@ class _LocalUpload(io.FileIO):
 
         _retry(create, url)
 
+    def write(self, payload: Any) -> int:
+        """All of it: a raw file may take less than it is given, and a disk that is full does."""
+        left = view = memoryview(payload).cast("B")
+        with naming(self._url):
+            while left:
+                left = left[super().write(left) :]
+        return len(view)
+
     def commit(self) -> None:
-        os.fsync(self.fileno())
-        self.close()
-        os.replace(self._temporary, self._target)
+        with naming(self._url):
+            os.fsync(self.fileno())
+            self.close()
+            os.replace(self._temporary, self._target)
 
     def abort(self) -> None:
         self.close()
@@ -469,8 +485,11 @@ class _Upload(io.RawIOBase):
         view = memoryview(payload).cast("B")
         self._position += len(view)
         if self._multipart is None and self._position > ONE_PUT_BYTES:
-            # autocommit=False: closing uploads the parts, only commit() makes the object visible.
-            self._multipart = self._fs.open(self._path, "wb", block_size=ONE_PUT_BYTES, autocommit=False)
+            if _is_s3(self._fs):
+                self._multipart = _S3Multipart(self._fs, self._path, self._url)
+            else:
+                # autocommit=False: closing uploads the parts, only commit() makes the object visible.
+                self._multipart = self._fs.open(self._path, "wb", block_size=ONE_PUT_BYTES, autocommit=False)
             self._multipart.write(bytes(self._buffer))
             self._buffer.clear()
         if self._multipart is not None:
@@ -490,7 +509,48 @@ class _Upload(io.RawIOBase):
         if self._multipart is not None:
             with contextlib.suppress(Exception):  # the error that led here is the one to report
                 self._multipart.discard()
-            self._multipart.closed = True  # or its destructor would publish what there is
+            self._multipart.closed = True  # or the destructor of fsspec's file would publish what there is
+
+
+class _S3Multipart:
+    """A multipart upload in which every request is tried again; s3fs's own file is lost with the first that fails."""
+
+    def __init__(self, fs: AbstractFileSystem, path: str, url: str) -> None:
+        self._fs, self._url = fs, url
+        bucket, key, _ = fs.split_path(path)
+        self._place = {"Bucket": bucket, "Key": key}
+        self._buffer = bytearray()
+        self._parts: list[dict[str, Any]] = []
+        self._place["UploadId"] = _retry(lambda: self._call("create_multipart_upload"), url)["UploadId"]
+
+    def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        import fsspec.asyn
+
+        fs = self._fs
+        answer = fsspec.asyn.sync(fs.loop, fs._call_s3, operation, fs.s3_additional_kwargs, **self._place, **arguments)
+        return cast("dict[str, Any]", answer)
+
+    def write(self, view: bytes | memoryview) -> None:
+        self._buffer += view
+        if len(self._buffer) >= ONE_PUT_BYTES * (1 + len(self._parts) // PARTS_OF_A_SIZE):
+            self._send()
+
+    def _send(self) -> None:
+        number, body = len(self._parts) + 1, bytes(self._buffer)
+        answer = _retry(lambda: self._call("upload_part", PartNumber=number, Body=body), self._url)
+        proofs = {name: value for name, value in answer.items() if name == "ETag" or name.startswith("Checksum")}
+        self._parts.append({"PartNumber": number, **proofs})
+        self._buffer.clear()
+
+    def close(self) -> None:
+        if self._buffer:
+            self._send()
+
+    def commit(self) -> None:
+        self._call("complete_multipart_upload", MultipartUpload={"Parts": self._parts})
+
+    def discard(self) -> None:
+        self._call("abort_multipart_upload")
 
 
 def _list_any(fs: AbstractFileSystem, path: str, url: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -600,7 +660,7 @@ def _retry(attempt: Callable[[], T], url: str, missing_ok: bool = False) -> T:
                 raise
             what = "bucket" if "bucket" in str(error).lower() else "file or folder"
             raise StorageRefused(f"{url}: there is no such {what}") from None
-        except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        except _REFUSALS as error:
             raise StorageRefused(f"{url}: {_reason(error)}") from None
         except Exception as error:
             if type(error).__name__ in {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}:
@@ -613,6 +673,17 @@ def _retry(attempt: Callable[[], T], url: str, missing_ok: bool = False) -> T:
     raise AssertionError("the last attempt returns or raises")
 
 
+@contextlib.contextmanager
+def naming(url: str) -> Iterator[None]:
+    """What the system refuses names `url`. Nothing is tried again: a second fsync would hide what the first has lost."""
+    try:
+        yield
+    except OSError as error:
+        is_final = isinstance(error, _REFUSALS) or error.errno in _FINAL
+        raise (StorageRefused if is_final else StorageError)(f"{url}: {_reason(error)}") from None
+
+
+_REFUSALS = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 _FINAL = {errno.EINVAL, errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.EDQUOT}
 """Bad names, a full or read-only disk: the same tomorrow."""
 

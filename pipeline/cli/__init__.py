@@ -15,6 +15,7 @@ from collections.abc import Callable
 import typer
 
 from pipeline.cli import dataset, embed, run, setup, verify
+from pipeline.cli import dataset, export, run, setup
 from pipeline.cli.common import PlainFormatter
 
 COMMANDS: tuple[Callable[..., None], ...] = (
@@ -23,6 +24,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     dataset.status,
     dataset.diff,
     verify.verify,
+    export.export,
     dataset.vacuum,
     embed.embed,
     run.bench,

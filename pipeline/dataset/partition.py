@@ -126,27 +126,42 @@ def identity_of(path: str) -> str | None:
     return match["identity"] if match else None
 
 
+def parquet_writer(
+    file: BinaryIO, arrow_schema: pa.Schema, *, rounded: bool, sorted_by: Sequence[str] = ()
+) -> pq.ParquetWriter:
+    """A writer of rows of a dataset, as every reader understands them.
+
+    Args:
+        file: where to write.
+        arrow_schema: columns of `schema`, or some of them.
+        rounded: whether embeddings were rounded to what float16 can hold.
+        sorted_by: columns that the rows of a row group ascend by; noted in the file.
+    """
+    embeddings = [field.name for field in arrow_schema if field.metadata and b"width" in field.metadata]
+    leaves = [f"{column}.list.element" for column in embeddings]
+    others = [field.name for field in arrow_schema if field.name not in embeddings]
+    # float32 mantissas do not compress (under 10 %) and zstd would cost more than the write; rounded ones halve.
+    compression = dict.fromkeys(others, "zstd") | dict.fromkeys(leaves, "zstd" if rounded else "none")
+    return pq.ParquetWriter(
+        file,
+        arrow_schema,
+        compression=compression,
+        # Dictionaries inflate float32 by half; the shard's URL repeats and shrinks to nothing.
+        use_dictionary=["shard", "url"],
+        use_byte_stream_split=leaves if rounded and leaves else False,
+        write_statistics=["key", "index"],
+        sorting_columns=pq.SortingColumn.from_ordering(arrow_schema, list(sorted_by)) if sorted_by else None,
+        write_page_checksum=True,  # so that a reader who asks can tell a bit that fell over
+        store_schema=False,  # with it Polars refuses the file
+    )
+
+
 class PartitionWriter:
     """Writes rows in the order given, a row group at a time."""
 
     def __init__(self, file: BinaryIO, arrow_schema: pa.Schema, *, rounded: bool) -> None:
         self._schema = arrow_schema
-        embeddings = [field.name for field in arrow_schema if field.metadata and b"width" in field.metadata]
-        leaves = [f"{column}.list.element" for column in embeddings]
-        others = [field.name for field in arrow_schema if field.name not in embeddings]
-        # float32 mantissas do not compress (under 10 %) and zstd would cost more than the write; rounded ones halve.
-        compression = dict.fromkeys(others, "zstd") | dict.fromkeys(leaves, "zstd" if rounded else "none")
-        self._writer = pq.ParquetWriter(
-            file,
-            arrow_schema,
-            compression=compression,
-            # Dictionaries inflate float32 by half; the shard's URL repeats and shrinks to nothing.
-            use_dictionary=["shard", "url"],
-            use_byte_stream_split=leaves if rounded else False,
-            write_statistics=["key", "index"],
-            write_page_checksum=True,  # so that a reader who asks can tell a bit that fell over
-            store_schema=False,  # with it Polars refuses the file
-        )
+        self._writer = parquet_writer(file, arrow_schema, rounded=rounded)
         self.num_rows = 0
 
     def write(self, columns: Mapping[str, Sequence[Any]], embeddings: Mapping[str, NDArray[np.float32]]) -> None:

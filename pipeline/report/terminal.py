@@ -98,6 +98,42 @@ class Watch:
             self._bar = None
 
 
+class Rows:
+    """Tells how many rows of a dataset were gone through. A context manager, called with what was done and to how many more."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._done: collections.Counter[str] = collections.Counter()
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> Rows:
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console, transient=True)
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, stage: str, num_rows: int) -> None:
+        """So many rows more have been gone through in this stage."""
+        self._done[stage] += num_rows
+        now = time.monotonic()
+        if self._bar is not None:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bar.add_task(stage, total=self._num_rows)
+            self._bar.advance(self._tasks[stage], num_rows)
+        elif now - self._last_line >= LINE_EVERY_S:
+            self._last_line = now
+            line = f"{self._done[stage]:,} of {self._num_rows:,} rows {stage}"
+            self._console.print(Text(line), highlight=False, soft_wrap=True)
+
+
 def plan_line(plan: Plan) -> str:
     """The plan in a line."""
     parts = [f"{len(plan.extract)} shards to extract ({size(plan.num_bytes)})"]
@@ -171,6 +207,21 @@ def show_diff(report: dict[str, Any]) -> None:
             cosines = ", ".join(f"{name} {drift[f'cosine_{name}']:.4f}" for name in ("mean", "median", "min"))
             pairs.append(("", f"cosine of {drift['num_compared']:,} rows before and after: {cosines}"))
     show_pairs(pairs)
+
+
+def show_export(report: dict[str, Any]) -> None:
+    """What an export has written."""
+    files = report["files"]
+    rate = report["bytes"] / max(report["seconds"], 1e-9)
+    show_pairs(
+        [
+            ("dataset", f"{report['output']}  version {report['version']}"),
+            ("rows", f"{report['rows']:,}"),
+            *[("wrote" if not number else "", file) for number, file in enumerate(files[:4])],
+            *([("", f"and {len(files) - 4:,} files more")] if len(files) > 4 else []),
+            ("size", f"{size(report['bytes'])} in {duration(report['seconds'])}, {size(rate)}/s"),
+        ]
+    )
 
 
 def show_bench(report: dict[str, Any]) -> None:
