@@ -173,6 +173,30 @@ def show_diff(report: dict[str, Any]) -> None:
     show_pairs(pairs)
 
 
+def show_search(report: dict[str, Any]) -> None:
+    """What was found for each query."""
+    where = f", where {' and '.join(report['where'])}" if report["where"] else ""
+    show_pairs(
+        [
+            ("dataset", f"{report['output']}  version {report['version']}, {report['rows']:,} rows"),
+            ("searched", f"{report['node']} by {report['metric']}{where} in {duration(report['seconds'])}"),
+            *([("page", report["page"])] if report["page"] else []),
+        ]
+    )
+    for query in report["queries"]:
+        found = query["neighbours"]
+        has_label = any("label" in row for row in found)
+        show_pairs([("", ""), ("query", query["query"])])
+        table = _table("key", "score", *(["label"] if has_label else []), "shard")
+        for row in found:
+            label = [Text(printable(str(row["label"])))] if has_label else []
+            table.add_row(Text(printable(row["key"])), f"{row['score']:.4f}", *label, Text(printable(row["shard"])))
+        if found:
+            _print(table)
+        else:
+            show_pairs([("", "no row was found")])
+
+
 def show_bench(report: dict[str, Any]) -> None:
     """The limits of this machine, how close the loop comes, and what training machinery would cost."""
     machine, storage, decode, forward = (report[name] for name in ("machine", "storage", "decode", "forward"))
