@@ -1,22 +1,22 @@
 """The rows of a version, a row group at a time and read ahead of need: the one way to them.
 
-In: a table. Out: what some work makes of its row groups, in the order of the rows. Local partitions are mapped into memory; of
-remote ones just the columns that are asked for are fetched. Embeddings that were not rounded are copied out of their pages
-(`pages.py`), everything else is decoded by Arrow. A partition's name is never used again, so none changes while it is mapped.
+In: a table. Out: what some work makes of its row groups, in the order of the rows. Embeddings that were not rounded are read
+out of their pages (`pages.py`), everything else is decoded by Arrow, local files mapped into memory for it (a partition's name
+is never used again, so none changes meanwhile). Of remote files just the columns that are asked for are fetched.
 
 Memory: `GROUPS_AHEAD` results of the work at a time, or `REMOTE_GROUPS_AHEAD`, of at most `partition.ROW_GROUP_BYTES` of
-embeddings each where the work keeps them all, and as much again for what was fetched or is being decoded; and `FOOTERS_AHEAD`
-footers.
+embeddings each where the work keeps them all, as much again for what is fetched or decoded, and `FOOTERS_AHEAD` footers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.ahead import ahead
-from pipeline.dataset.pages import plain_values
+from pipeline.dataset.pages import read_plain
 from pipeline.dataset.partition import list_values
 from pipeline.dataset.table import Entry, Table
 from pipeline.errors import DatasetError, StorageError, StorageRefused
@@ -47,21 +47,24 @@ class OpenPartition:
     """Position of its first row in the version."""
     metadata: pq.FileMetaData | None = None
 
-    def source(self) -> Any:
-        """The file, for one thread: mapped into memory where it is local, else read in ranges."""
+    def reader(self) -> pq.ParquetFile:
+        """A reader for one thread."""
         store, url = self.table.store, join(self.table.url, self.entry.path)
         path = store.local_path(url)
         if path is None:
-            return store.open_ranges(url, self.entry.num_bytes)
-        try:
-            return pa.memory_map(path)
-        except FileNotFoundError:
-            raise StorageRefused(f"{url}: there is no such file") from None
+            source = store.open_ranges(url, self.entry.num_bytes)
+            return pq.ParquetFile(source, metadata=self.metadata, pre_buffer=True)
+        with found(url):
+            return pq.ParquetFile(pa.memory_map(path), metadata=self.metadata)
 
-    def reader(self) -> pq.ParquetFile:
-        """A reader for one thread."""
-        source = self.source()
-        return pq.ParquetFile(source, metadata=self.metadata, pre_buffer=not isinstance(source, pa.MemoryMappedFile))
+    def read_plain(self, start: int, num_bytes: int, out: NDArray[np.float32]) -> bool:
+        """See `pages.read_plain`."""
+        store, url = self.table.store, join(self.table.url, self.entry.path)
+        path = store.local_path(url)
+        if path is None:
+            return read_plain(io.BytesIO(store.read_range(url, start, num_bytes)), 0, num_bytes, out)
+        with found(url), open(path, "rb", buffering=0) as file:
+            return read_plain(file, start, num_bytes, out)
 
     def groups(self) -> Iterator[RowGroup]:
         """Its row groups in order."""
@@ -107,32 +110,20 @@ class RowGroup:
         table, entry = self.partition.table, self.partition.entry
         shape = self.num_rows, table.widths[column]
         with present(table, entry):
-            pages = self._pages(self._chunk(f"{column}.list.element"))
-            if pages is None:
-                values_ND = list_values(self.read([column]).column(column)).reshape(shape)
-                if out is None:
-                    return values_ND
-                out[:] = values_ND
-                return out
-            out = np.empty(shape, np.float32) if out is None else out
-            return np.concatenate(pages, out=out.reshape(-1)).reshape(shape)
+            chunk = self._chunk(f"{column}.list.element")
+            values_ND = np.empty(shape, np.float32) if out is None else out
+            if (
+                chunk.compression != "UNCOMPRESSED"
+                or chunk.physical_type != "FLOAT"
+                or not self.partition.read_plain(chunk.data_page_offset, chunk.total_compressed_size, values_ND)
+            ):
+                values_ND[:] = list_values(self.read([column]).column(column)).reshape(shape)
+            return values_ND
 
     def _chunk(self, path: str) -> pq.ColumnChunkMetaData:
         assert self.partition.metadata is not None
         group = self.partition.metadata.row_group(self.number)
         return next(chunk for chunk in map(group.column, range(group.num_columns)) if chunk.path_in_schema == path)
-
-    def _pages(self, chunk: pq.ColumnChunkMetaData) -> list[NDArray[np.float32]] | None:
-        """The numbers of a column page by page, where they lie plainly in the file."""
-        if chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page or chunk.physical_type != "FLOAT":
-            return None
-        with self.partition.source() as file:
-            file.seek(chunk.data_page_offset)
-            if isinstance(file, pa.MemoryMappedFile):
-                data = memoryview(file.read_buffer(chunk.total_compressed_size)).cast("B")
-            else:
-                data = memoryview(file.read(chunk.total_compressed_size))
-        return plain_values(data)
 
     def may_hold(self, column: str, values: Collection[str]) -> bool:
         """Whether the statistics of a text column leave room for any of the values."""
@@ -186,6 +177,15 @@ class Groups:
             if metadata.num_rows != entry.num_rows:
                 raise StorageError(f"{url}: has {metadata.num_rows} rows, and {entry.num_rows} in the log")
         return OpenPartition(self._table, entry, start, metadata)
+
+
+@contextlib.contextmanager
+def found(url: str) -> Iterator[None]:
+    """A local file that is not there, as the store would say it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise StorageRefused(f"{url}: there is no such file") from None
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ def _cell(source: Store, row: Mapping[str, Any]) -> bytes | None:
                     values = batch.slice(start, 1).to_pylist()[0]
                     return next((each for each in _bytes_in(values) if _content_hash(each) == row["content_hash"]), None)
                 start -= batch.num_rows
-        except pa.ArrowInvalid:  # no longer a Parquet file
+        except (pa.ArrowException, OSError, ValueError):  # no longer a Parquet file, or a damaged one
             pass
     return None
 

@@ -16,6 +16,7 @@ Shapes: B rows of a block, N of all, D values, Q queries, M candidates.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple, get_args
@@ -35,8 +36,9 @@ CANDIDATES_BYTES = 4 << 20
 """So many candidates are looked at at a time, in float64."""
 CACHED_BYTES = 512 << 10
 """Of rows that are read twice while they are in a core's cache, for products and norms."""
-FEW_QUERIES = 4
-"""Up to so many are multiplied one by one: 8 ms of a core for one query and 205 MB, where the matrix product takes 19."""
+FEW_QUERIES = 12
+"""Up to so many are multiplied one by one, each thread its rows. For 205 MB and one query that takes 8 ms of a core and the
+matrix product 19; at 10 queries they are equal, and the threads of the matrix product wait for each other."""
 MAX_THREADS = 8
 _RANGE = 1e-30, 1e30
 """Squared norms of rows whose products in float32 lose nothing to its range."""
@@ -111,6 +113,7 @@ class TopK:
         self._exact_QD, self._queries_QD = exact_QD, exact_QD.astype(np.float32)
         # Twice what float32 can be wrong by over D products, a norm of D squares and the roundings around them.
         self._slack_Q = (2 * width + 8) * 2.0**-23 * (np.ones_like(norms_Q) if self._is_cosine else norms_Q)
+        self._multiplying = threading.Lock()
         self.scores_QK = np.full((len(exact_QD), min(k, num_rows)), -np.inf, np.float32)
         self.rows_QK = np.full(self.scores_QK.shape, -1, np.int64)
 
@@ -138,7 +141,7 @@ class TopK:
         for first in range(0, num_queries if len(block_BD) else 0, step):
             some = slice(first, min(first + step, num_queries))
             with np.errstate(over="ignore", invalid="ignore"):
-                scores_BQ = few_BQ[:, some] if few_BQ is not None else block_BD @ self._queries_QD[some].T
+                scores_BQ = few_BQ[:, some] if few_BQ is not None else self._products(block_BD, some)
             found.append(self._exact(block_BD, self._hits(scores_BQ, squares_B, plain_B, some), some))
         best = _best(found, k)
         return best._replace(rows_M=numbers_B[best.rows_M])
@@ -150,6 +153,11 @@ class TopK:
         best = _best([kept, found], k)  # k of every query: so many there were
         self.scores_QK[touched] = best.scores_M.reshape(-1, k)
         self.rows_QK[touched] = best.rows_M.reshape(-1, k)
+
+    def _products(self, block_BD: NDArray[np.float32], queries: slice) -> NDArray[np.float32]:
+        """(B, Q)"""
+        with self._multiplying:  # it has threads of its own, and others that call it meanwhile would spin
+            return block_BD @ self._queries_QD[queries].T
 
     def _products_and_squares(self, block_BD: NDArray[np.float32]) -> tuple[NDArray[np.float32] | None, NDArray[np.float32]]:
         """Products (B, Q) where the queries are few, and squared norms (B,)."""

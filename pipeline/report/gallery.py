@@ -1,7 +1,7 @@
 """The gallery: what was asked with, and the pictures that were found for it, in one page.
 
 Pictures of rows come from the source, one ranged read each, as the rows say where they lie; the partitions are not touched.
-Memory: the page with its thumbnails (about 10 kB each), `IMAGES_AHEAD` encoded images and one that is decoded.
+Memory: the page with its thumbnails (about 10 kB each, up to `MAX_TILES`), `IMAGES_AHEAD` encoded images, one that is decoded.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from pipeline.report.page import Thumbnail, Tile, render
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_SECTIONS = 100
-"""Queries that a page shows."""
+MAX_ROWS = 100
+"""Of one query that a page shows."""
+MAX_TILES = 1000
+"""Of all queries together: what is too many for it is left out, whole queries at a time."""
 MAX_CHARACTERS = 300
 """Of one text from data."""
 
@@ -50,24 +52,41 @@ def gallery(dataset: Dataset, sections: Sequence[Section], decode: Decode, facts
 
     Args:
         dataset: gives the images of the rows.
-        sections: only the first `MAX_SECTIONS` are shown; the page says so.
+        sections: of too many, or too many rows, only the first are shown; the page says so.
         decode: is called with images that may come from anyone.
         facts: names and values for the head of the page.
     """
-    shown = sections[:MAX_SECTIONS]
+    shown = _fitting(sections)
     rows = [row for section in shown for row in (*([section.row] if section.row is not None else []), *section.rows)]
     # Read in this order, and taken in this order below.
-    thumbnails = (_thumbnail(image, decode) for image in dataset.images_of(rows))
+    images = zip(dataset.images_of(rows), rows, strict=True)
+    thumbnails = (_thumbnail(image, decode, f"{row['url']}: ") for image, row in images)
     return render(
         "gallery.html",
         title="Nearest neighbours",
         facts=[("dataset", dataset.url), ("version", str(dataset.version)), ("rows", f"{len(dataset):,}"), *facts],
-        note=f"Shown are the first {len(shown)} of {len(sections):,} queries." if len(shown) < len(sections) else "",
+        note=""
+        if shown == list(sections)
+        else (f"Shown are {len(shown):,} of {len(sections):,} queries, and of each at most {MAX_ROWS} rows."),
         sections=[
             {"kind": section.kind, "tile": _query(section, thumbnails, decode), "tiles": _tiles(section, thumbnails)}
             for section in shown
         ],
     )
+
+
+def _fitting(sections: Sequence[Section]) -> list[Section]:
+    """The first sections, as many as a page has room for."""
+    shown: list[Section] = []
+    left = MAX_TILES
+    for section in sections:
+        if len(section.rows) > MAX_ROWS:
+            section = dataclasses.replace(section, rows=section.rows[:MAX_ROWS], scores=section.scores[:MAX_ROWS])
+        left -= len(section.rows)
+        if left < 0:
+            break
+        shown.append(section)
+    return shown
 
 
 def _query(section: Section, thumbnails: Iterator[Thumbnail], decode: Decode) -> Tile:
@@ -76,7 +95,8 @@ def _query(section: Section, thumbnails: Iterator[Thumbnail], decode: Decode) ->
     image = (
         _thumbnail(section.image, decode) if section.image is not None else Thumbnail(why=f"a {section.kind} has no picture")
     )
-    return Tile(thumbnail=image, key=section.name)
+    folder, _, name = section.name.rpartition("/")
+    return Tile(thumbnail=image, key=_short(name), more=(("in", _short(folder)),) if folder else ())
 
 
 def _tiles(section: Section, thumbnails: Iterator[Thumbnail]) -> list[Tile]:
@@ -104,14 +124,14 @@ def _tile(row: Mapping[str, Any], thumbnail: Thumbnail) -> Tile:
     )
 
 
-def _thumbnail(image: bytes | PipelineError, decode: Decode) -> Thumbnail:
-    """The picture made small, or why it cannot be shown."""
+def _thumbnail(image: bytes | PipelineError, decode: Decode, where: str = "") -> Thumbnail:
+    """The picture made small, or why it cannot be shown, without `where` in front."""
     try:
         if isinstance(image, PipelineError):
             raise image
         return Thumbnail.of(decode(image))
     except PipelineError as error:
-        return Thumbnail(why=_short(str(error)))
+        return Thumbnail(why=_short(str(error).removeprefix(where)))
 
 
 def _short(text: str) -> str:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan
 
 LINE_EVERY_S = 10.0
+MAX_CELL = 48
+"""Characters of a table's cell that comes from data."""
 
 
 class Watch:
@@ -189,8 +191,8 @@ def show_search(report: dict[str, Any]) -> None:
         show_pairs([("", ""), ("query", query["query"])])
         table = _table("key", "score", *(["label"] if has_label else []), "shard")
         for row in found:
-            label = [Text(printable(str(row["label"])))] if has_label else []
-            table.add_row(Text(printable(row["key"])), f"{row['score']:.4f}", *label, Text(printable(row["shard"])))
+            label = [_cell(str(row["label"]))] if has_label else []
+            table.add_row(_cell(row["key"]), f"{row['score']:.4f}", *label, _cell(row["shard"].rpartition("/")[2]))
         if found:
             _print(table)
         else:
@@ -244,6 +246,12 @@ def _table(first: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
+
+
+def _cell(text: str) -> Text:
+    """Text from data, no longer than leaves room for the others of its row."""
+    text = printable(text)
+    return Text(text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 1]}…")
 
 
 def _print(table: Table) -> None:
