@@ -123,7 +123,10 @@ class RowGroup:
     def _chunk(self, path: str) -> pq.ColumnChunkMetaData:
         assert self.partition.metadata is not None
         group = self.partition.metadata.row_group(self.number)
-        return next(chunk for chunk in map(group.column, range(group.num_columns)) if chunk.path_in_schema == path)
+        for number in range(group.num_columns):
+            if group.column(number).path_in_schema == path:
+                return group.column(number)
+        raise KeyError(f"there is no column {path}")
 
     def may_hold(self, column: str, values: Collection[str]) -> bool:
         """Whether the statistics of a text column leave room for any of the values."""
@@ -154,12 +157,13 @@ class Groups:
             limit: results there are at a time, where they are small.
         """
         limit = limit or self._limit
-        with ThreadPoolExecutor(min(limit, FOOTERS_AHEAD), thread_name_prefix="row-groups") as pool:
+        pool = ThreadPoolExecutor(min(limit, FOOTERS_AHEAD), thread_name_prefix="row-groups")
+        try:
             chosen = range(len(self.entries)) if numbers is None else numbers
             opened = ahead(pool, self._open, chosen, FOOTERS_AHEAD)
-            groups = (group for partition in opened for group in partition.groups())
-            with contextlib.closing(opened), contextlib.closing(ahead(pool, work, groups, limit)) as results:
-                yield from results
+            yield from ahead(pool, work, (group for partition in opened for group in partition.groups()), limit)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def number_of(self, entry: Entry) -> int:
         """Position of a partition in `entries`."""

@@ -45,7 +45,7 @@ def read_plain(file: BinaryIO, start: int, num_bytes: int, out: NDArray[np.float
                 values += 4 + int.from_bytes(_read(file, values, 4), "little")
             # Nulls and empty lists have levels, but no number.
             size = 4 * data[1]
-            if not 0 < size == position - values or position > end or filled + size > len(target):
+            if not 0 < size == position - values or position > end:
                 return False
             file.seek(values)
             if file.readinto(target[filled : filled + size]) != size:  # type: ignore[attr-defined]

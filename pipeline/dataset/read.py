@@ -5,6 +5,7 @@ Embeddings come out of the Arrow buffers without a step in Python for a row. How
 
 from __future__ import annotations
 
+import functools
 import html
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,7 +82,10 @@ class Dataset:
         self.table_ = table
         self.url = table.url
         self._source = source or table.store
-        self._groups = Groups(table)
+
+    @functools.cached_property
+    def _groups(self) -> Groups:
+        return Groups(self.table_)
 
     @property
     def version(self) -> int:
