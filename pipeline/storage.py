@@ -7,10 +7,10 @@ else becomes a `StorageError` that names the URL and holds no secret.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import datetime
 import errno
+import functools
 import io
 import logging
 import os
@@ -19,14 +19,15 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
+from pipeline.ahead import ahead
 from pipeline.config import Storage
 from pipeline.errors import PipelineError, ShardChanged, StorageError, StorageRefused
+from pipeline.rawfile import Pieces, Ranges
 from pipeline.recipe import digest
 
 if TYPE_CHECKING:
@@ -36,10 +37,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-PIECE_BYTES = 8 << 20
-"""Large objects are read in pieces of this size, `READ_AHEAD` of them ahead of need."""
-READ_AHEAD, MAX_READ_AHEAD = 2, 6
-"""Each time a reader has to wait for a piece it asks for one more ahead."""
 LOCAL_BLOCK_BYTES = 1 << 20
 FILES_AHEAD, FILES_AHEAD_BYTES = 32, 32 << 20
 """Small objects that are read one after the other are requested so many ahead, up to so many bytes."""
@@ -223,7 +220,11 @@ class Store:
         if _is_local(fs):
             return self._open_local(file, path)
         self._check_version(file)
-        return cast(BinaryIO, io.BufferedReader(_Pieces(self, file), buffer_size=1 << 16))
+        return cast(BinaryIO, io.BufferedReader(self._pieces(file), buffer_size=1 << 16))
+
+    def open_ranges(self, url: str, num_bytes: int) -> BinaryIO:
+        """An object of known size in which every read is one ranged request for just these bytes."""
+        return cast(BinaryIO, Ranges(functools.partial(self.read_range, url), num_bytes))
 
     def local_path(self, url: str) -> str | None:
         """The path of a file on this machine, which can be mapped into memory; None for every other store."""
@@ -245,11 +246,8 @@ class Store:
                     yield block
             return
         self._check_version(file)
-        first, passed = divmod(start, PIECE_BYTES)
-        with _Pieces(self, file) as pieces:
-            for number in range(first, -(-file.num_bytes // PIECE_BYTES)):
-                piece = pieces.piece(number)
-                yield piece[passed:] if number == first else piece
+        with self._pieces(file) as pieces:
+            yield from pieces.blocks(start)
 
     def read_files(self, files: Sequence[FileStat]) -> Iterator[bytes]:
         """The whole of small objects that were listed, in order, requested ahead of need.
@@ -261,20 +259,7 @@ class Store:
         if not files or _is_local(self.locate(files[0].url)[0]):
             yield from map(self._read_file, files)
             return
-        requested: collections.deque[tuple[int, Future[bytes]]] = collections.deque()
-        num_ahead = 0
-        try:
-            for file in files:
-                while requested and (len(requested) == FILES_AHEAD or num_ahead + file.num_bytes > FILES_AHEAD_BYTES):
-                    num_ahead -= requested[0][0]
-                    yield requested.popleft()[1].result()
-                requested.append((file.num_bytes, self.readers.submit(self._read_file, file)))
-                num_ahead += file.num_bytes
-            while requested:
-                yield requested.popleft()[1].result()
-        finally:
-            for _, future in requested:
-                future.cancel()
+        yield from ahead(self.readers, self._read_file, files, FILES_AHEAD, lambda file: file.num_bytes, FILES_AHEAD_BYTES)
 
     def _read_file(self, file: FileStat) -> bytes:
         fs, path = self.locate(file.url)
@@ -283,6 +268,9 @@ class Store:
                 return handle.read()
         self._check_version(file)
         return self._read_piece(file, 0, file.num_bytes) if file.num_bytes else b""
+
+    def _pieces(self, file: FileStat) -> Pieces:
+        return Pieces(functools.partial(self._read_piece, file), file.num_bytes, self.readers)
 
     def _check_version(self, file: FileStat) -> None:
         # S3 checks the version with every piece; other stores are asked once.
@@ -368,7 +356,7 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             _retry(lambda: fs.rm_file(path), url, missing_ok=True)
 
-    @cached_property
+    @functools.cached_property
     def readers(self) -> ThreadPoolExecutor:
         """Threads that read pieces ahead, shared by the files that are open in this process."""
         return ThreadPoolExecutor(16, thread_name_prefix="read-ahead")
@@ -377,62 +365,6 @@ class Store:
 def join(url: str, *parts: str) -> str:
     """Append path parts to a URL."""
     return "/".join([url.rstrip("/"), *parts])
-
-
-class _Pieces(io.RawIOBase):
-    """A remote object as a seekable raw file, fetched in pieces ahead of a sequential reader."""
-
-    def __init__(self, store: Store, file: FileStat) -> None:
-        self._store, self._file, self._position, self._ahead = store, file, 0, READ_AHEAD
-        self._pieces: collections.OrderedDict[int, Future[bytes]] = collections.OrderedDict()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.num_bytes}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        if self._position >= self._file.num_bytes:
-            return 0
-        number, offset = divmod(self._position, PIECE_BYTES)
-        piece = memoryview(self.piece(number))[offset:]
-        count = min(len(buffer), len(piece))
-        buffer[:count] = piece[:count]
-        self._position += count
-        return count
-
-    def piece(self, number: int) -> bytes:
-        """A piece; those after it are requested."""
-        if (waited_for := self._pieces.get(number)) is not None and not waited_for.done():
-            self._ahead = min(self._ahead + 1, MAX_READ_AHEAD)
-        last = (self._file.num_bytes - 1) // PIECE_BYTES
-        for wanted in range(number, min(number + self._ahead, last) + 1):
-            if wanted not in self._pieces:
-                self._pieces[wanted] = self._store.readers.submit(self._fetch, wanted)
-        self._pieces.move_to_end(number)
-        while len(self._pieces) > self._ahead + 2:
-            self._pieces.popitem(last=False)[1].cancel()
-        return self._pieces[number].result()
-
-    def _fetch(self, number: int) -> bytes:
-        start = number * PIECE_BYTES
-        num_bytes = min(PIECE_BYTES, self._file.num_bytes - start)
-        return self._store._read_piece(self._file, start, num_bytes)
-
-    def close(self) -> None:
-        for piece in self._pieces.values():
-            piece.cancel()
-        self._pieces.clear()
-        super().close()
 
 
 class _LocalUpload(io.FileIO):

@@ -81,7 +81,7 @@ def to_npy(
         DatasetError: no such embedding column.
         StorageError: the store refused.
     """
-    name = dataset._node(node)
+    name = dataset.node(node)
     with file_and_keys(dataset, url, overwrite) as (file, keys):
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False}
         np.lib.format.write_array_header_1_0(file, header | {"shape": (len(dataset), dataset.nodes[name])})
@@ -118,7 +118,7 @@ def to_faiss(
         StorageError: the store refused.
     """
     faiss = _faiss()
-    name = dataset._node(node)
+    name = dataset.node(node)
     width = dataset.nodes[name]
     with file_and_keys(dataset, url, overwrite) as (file, keys), _faiss_refusing(factory):
         index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
@@ -164,7 +164,7 @@ def to_parquet(
     for option, value in (("row-group-rows", group), ("file-bytes", file_bytes)):
         if value < 1:
             raise ConfigError(f"{option}: {value} is not allowed; at least 1")
-    dropped = dataset.nodes.keys() - {dataset._node(node)} if node is not None else set()
+    dropped = dataset.nodes.keys() - {dataset.node(node)} if node is not None else set()
     schema = pa.schema([field for field in dataset.schema if field.name not in dropped])
     store = dataset.table_.store
     check_folder(dataset, url, overwrite)

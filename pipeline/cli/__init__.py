@@ -14,8 +14,7 @@ from collections.abc import Callable
 
 import typer
 
-from pipeline.cli import dataset, embed, run, setup, verify
-from pipeline.cli import dataset, export, run, setup
+from pipeline.cli import dataset, embed, export, run, search, setup, verify
 from pipeline.cli.common import PlainFormatter
 
 COMMANDS: tuple[Callable[..., None], ...] = (
@@ -25,6 +24,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     dataset.diff,
     verify.verify,
     export.export,
+    search.search,
     dataset.vacuum,
     embed.embed,
     run.bench,

@@ -191,7 +191,7 @@ class PartitionWriter:
 
 def list_values(column: pa.ChunkedArray) -> NDArray[np.float32]:
     """(N, D) float32 of an embedding column, without a step in Python for a row."""
-    array = column.combine_chunks()
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies a single chunk, too
     values: NDArray[np.float32] = array.flatten().to_numpy(zero_copy_only=True)
     return values.reshape(len(array), -1) if len(array) else values.reshape(0, 0)
 

@@ -1,38 +1,44 @@
-"""Rows back as arrays: one version of a dataset, whole or in batches.
+"""Rows back as arrays: one version of a dataset, whole, in batches, or the rows nearest to some vectors.
 
-Embeddings come out of the Arrow buffers without a step in Python for a row.
+Embeddings come out of the Arrow buffers without a step in Python for a row. How much is in memory at a time: `groups.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import functools
 import html
-import io
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, BinaryIO
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from pipeline.ahead import ahead
 from pipeline.config import Storage
 from pipeline.dataset import partition
+from pipeline.dataset.filter import Filter
+from pipeline.dataset.groups import Groups, RowGroup, present
+from pipeline.dataset.images import PLACE_COLUMNS as PLACE_COLUMNS
+from pipeline.dataset.images import read_image
 from pipeline.dataset.partition import Quarantined
 from pipeline.dataset.table import Entry, Table
-from pipeline.errors import DatasetError, ShardError, SourceChanged, StorageError, StorageRefused, nearest
-from pipeline.source.parquet import open_file
+from pipeline.dataset.topk import Candidates, Metric, TopK
+from pipeline.errors import DatasetError, PipelineError, SourceChanged, nearest
 from pipeline.storage import FileStat, Store, join
 
 if TYPE_CHECKING:
     import torch
 
-
-PLACE_COLUMNS = ("key", "shard", "index", "url", "offset", "nbytes", "content_hash")
-"""What leads from a row back to the encoded image."""
+IMAGES_AHEAD = 8
+"""Encoded images that are in memory at a time."""
+SMALL_AHEAD = 16
+"""Results there are at a time where each is a few rows."""
 
 
 def open_dataset(
@@ -55,6 +61,21 @@ def open_dataset(
     return Dataset(table, Store(source_storage) if source_storage is not None else None)
 
 
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """The rows nearest to one query, best first."""
+
+    scores: NDArray[np.float32]
+    """(K,)"""
+    positions: NDArray[np.int64]
+    """(K,) where the rows stand in `to_numpy()` and `table()`."""
+    rows: pa.Table
+    """K rows: every column that is no embedding."""
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
 class Dataset:
     """One committed version. Later commits do not change it; once `vacuum` removed its files, reading it is a DatasetError."""
 
@@ -62,6 +83,10 @@ class Dataset:
         self.table_ = table
         self.url = table.url
         self._source = source or table.store
+
+    @functools.cached_property
+    def _groups(self) -> Groups:
+        return Groups(self.table_)
 
     @property
     def version(self) -> int:
@@ -88,6 +113,11 @@ class Dataset:
         """Embedding columns and their widths."""
         return self.table_.widths
 
+    @property
+    def columns(self) -> list[str]:
+        """The columns that are no embeddings."""
+        return [name for name in self.schema.names if name not in self.nodes]
+
     def __len__(self) -> int:
         return self.table_.num_rows
 
@@ -108,14 +138,14 @@ class Dataset:
 
     def to_numpy(self, node: str | None = None) -> NDArray[np.float32]:
         """One embedding column as a contiguous (N, D) float32 array, in the order of `table()`."""
-        name = self._node(node)
+        name = self.node(node)
         embeddings_ND = np.empty((len(self), self.nodes[name]), np.float32)
-        start = 0
-        for table in self._partitions([name]):
-            stop = start + table.num_rows
-            if table.num_rows:
-                embeddings_ND[start:stop] = partition.list_values(table.column(name))
-            start = stop
+
+        def copy(group: RowGroup) -> None:
+            group.embeddings(name, embeddings_ND[group.start : group.start + group.num_rows])
+
+        for _ in self._groups.map(copy):
+            pass
         return embeddings_ND
 
     def to_torch(self, node: str | None = None) -> torch.Tensor:
@@ -126,36 +156,34 @@ class Dataset:
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows as an Arrow table; all columns, or those named."""
-        names = self._names(columns)
-        schema = pa.schema([self.schema.field(name).remove_metadata() for name in names])
-        return pa.concat_tables([table.cast(schema) for table in self._partitions(names)] or [schema.empty_table()])
+        schema = self._schema_of(columns)
+        groups = self._groups.map(lambda group: group.read(schema.names).cast(schema))
+        return pa.concat_tables([schema.empty_table(), *groups])
 
     def iter_batches(self, columns: Sequence[str] | None = None, batch_size: int = 4096) -> Iterator[pa.RecordBatch]:
-        """The rows of `table()` in record batches of at most `batch_size`; memory is bounded by one row group."""
-        names = self._names(columns)
-        for entry in self.entries():
-            with self._open(entry) as file:
-                for batch in pq.ParquetFile(file).iter_batches(batch_size, columns=names):
-                    yield batch.select(names)
+        """The rows of `table()` in record batches of at most `batch_size`, which end where a row group ends."""
+        schema = self._schema_of(columns)
+        for table in self._groups.map(lambda group: group.read(schema.names).cast(schema)):
+            yield from table.to_batches(batch_size)
 
     def entries(self) -> list[Entry]:
         """Partitions in a stable order, so that separate reads of columns line up."""
-        return sorted(self.table_.entries, key=lambda entry: (entry.shard, entry.path))
+        return self._groups.entries
 
     def read(self, entry: Entry, columns: Sequence[str]) -> pa.Table:
         """The rows of one partition."""
-        with self._open(entry) as file:
-            return pq.read_table(file, columns=list(columns))
+        groups = self._groups.map(lambda group: group.read(columns), [self._groups.number_of(entry)])
+        return pa.concat_tables(groups)
 
     def rows(self, entry: Entry, positions: Sequence[int], columns: Sequence[str]) -> pa.Table:
         """Some rows of one partition, by their ascending numbers in it; only their row groups are read, one after the other.
 
         Raises:
-            OSError: a page is not what its checksum says.
+            StorageError: the partition is damaged: a page is not what its checksum says.
         """
-        names, found, first = self._names(columns), [], 0
-        with self._present(entry) as url:
-            handle = _Ranges(self.table_.store, url, entry.num_bytes)
+        names, found, first = self._schema_of(columns).names, [], 0
+        with present(self.table_, entry) as url:
+            handle = self.table_.store.open_ranges(url, entry.num_bytes)
             file = pq.ParquetFile(handle, pre_buffer=True, page_checksum_verification=True)
             for group in range(file.num_row_groups):
                 end = first + file.metadata.row_group(group).num_rows
@@ -166,19 +194,125 @@ class Dataset:
 
     def stat(self, entry: Entry) -> FileStat:
         """The file of one partition as it is now."""
-        with self._present(entry) as url:
+        with present(self.table_, entry) as url:
             return self.table_.store.stat(url)
 
-    def quarantine(self) -> list[Quarantined]:
-        """What could not be embedded, of the partitions of this version."""
-        rows: list[Quarantined] = []
-        for entry in self.entries():
-            if entry.num_quarantined:
-                store = self.table_.store
-                with self._present(entry) as url:
-                    footer = partition.read_footer(store, store.stat(url))
-                    rows += partition.read_quarantine(store, self.url, footer)
-        return rows
+    def take(self, positions: ArrayLike, columns: Sequence[str] | None = None) -> pa.Table:
+        """Single rows, by where they stand in `table()`, in the order asked for. Only their row groups are read.
+
+        Args:
+            positions: (M,) integers; a row may come twice.
+            columns: all when left out.
+        """
+        schema = self._schema_of(columns)
+        wanted_U, order_M = np.unique(np.asarray(positions, np.int64), return_inverse=True)
+        if len(wanted_U) and not 0 <= wanted_U[0] <= wanted_U[-1] < len(self):
+            raise DatasetError(f"{self.url}: positions {wanted_U[0]} to {wanted_U[-1]} are not all in 0 to {len(self) - 1}")
+
+        def rows(group: RowGroup) -> pa.Table:
+            first, last = np.searchsorted(wanted_U, [group.start, group.start + group.num_rows])
+            if first == last:
+                return schema.empty_table()
+            return group.read(schema.names).cast(schema).take(pa.array(wanted_U[first:last] - group.start))
+
+        found = pa.concat_tables([schema.empty_table(), *self._groups.map(rows, self._groups.numbers_of(wanted_U))])
+        return found.take(pa.array(order_M))
+
+    def search(
+        self,
+        vectors: ArrayLike,
+        k: int = 10,
+        *,
+        node: str | None = None,
+        metric: Metric = "cosine",
+        where: pc.Expression | None = None,
+    ) -> list[Neighbours]:
+        """The k rows nearest to each vector: exact, in one pass over the embeddings; see `topk.py` for scores and ties.
+
+        Args:
+            vectors: (Q, D) numbers.
+            k: rows for each vector; fewer where the dataset has no more.
+            node: embedding column; the first when left out.
+            metric: `cosine` or `inner`.
+            where: only rows for which this is true, an expression over the columns that are no embeddings. Embeddings of a row
+                group without such a row are not read.
+
+        Returns:
+            Neighbours of each vector, in the order of the vectors.
+
+        Raises:
+            ConfigError: vectors, k or metric do not fit.
+            DatasetError: no such column, or the version was vacuumed.
+        """
+        name = self.node(node)
+        best = TopK(np.asarray(vectors), k, metric, num_rows=len(self), width=self.nodes[name])
+        chosen = Filter(where, self._schema_of(self.columns)) if where is not None else None
+
+        scratch = threading.local()
+
+        def look(group: RowGroup) -> Candidates | None:
+            rows_M = chosen.positions(group.read(chosen.columns)) if chosen is not None else None
+            if rows_M is not None and not len(rows_M):
+                return None
+            if not hasattr(scratch, "rows_ND") or len(scratch.rows_ND) < group.num_rows:
+                scratch.rows_ND = np.empty((group.num_rows, self.nodes[name]), np.float32)
+            return best.candidates(group.embeddings(name, scratch.rows_ND[: group.num_rows]), group.start, rows_M)
+
+        for found in self._groups.map(look):
+            if found is not None:
+                best.merge(found)
+        num_found = (best.rows_QK >= 0).sum(axis=1)
+        rows = self.take(best.rows_QK[best.rows_QK >= 0], self.columns)
+        starts = np.cumsum([0, *num_found])
+        return [
+            Neighbours(best.scores_QK[query, :num], best.rows_QK[query, :num], rows.slice(starts[query], num))
+            for query, num in enumerate(num_found.tolist())
+        ]
+
+    def find(self, keys: Sequence[str], shard: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows with these keys, in the order of the keys. Row groups without them are known by their statistics.
+
+        Args:
+            keys: of samples.
+            shard: URL of their shard; needed where several shards have such a key.
+            columns: all when left out. Embeddings are read only of row groups that have such a key.
+
+        Raises:
+            DatasetError: no such sample, or several.
+        """
+        schema = self._schema_of(columns)
+        numbers = [number for number, entry in enumerate(self.entries()) if shard in (None, entry.shard)]
+        if not numbers and shard is not None:
+            hint = nearest(shard, {entry.shard for entry in self.entries()})
+            raise DatasetError(f"{self.url}: version {self.version} has no shard {shard!r}; {hint or 'see its column shard'}")
+        embeddings = [name for name in schema.names if name in self.nodes]
+        others = list(dict.fromkeys(["key", "shard", *(name for name in schema.names if name not in self.nodes)]))
+        read_schema = self._schema_of([*others, *embeddings])
+
+        def rows(group: RowGroup) -> pa.Table:
+            table = group.read(others) if group.may_hold("key", keys) else read_schema.empty_table()
+            is_wanted = pc.is_in(table.column("key"), pa.array(keys, pa.string()))
+            if not pc.any(is_wanted).as_py():
+                return read_schema.empty_table()
+            for name, column in zip(embeddings, group.read(embeddings).columns if embeddings else [], strict=True):
+                table = table.append_column(name, column)
+            return table.filter(is_wanted).cast(read_schema)
+
+        groups = self._groups.map(rows, numbers, None if embeddings else SMALL_AHEAD)
+        found = pa.concat_tables([read_schema.empty_table(), *groups])
+        places: dict[str, list[int]] = {key: [] for key in keys}
+        for place, key in enumerate(found.column("key").to_pylist()):
+            places[key].append(place)
+        for key, same in places.items():
+            if not same:
+                where = f" in {shard}" if shard else ""
+                raise DatasetError(f"{self.url}: version {self.version} has no key {key!r}{where}")
+            if len(same) > 1:
+                shards = ", ".join(found.column("shard").take(pa.array(same[:5])).to_pylist()) + (
+                    ", …" if len(same) > 5 else ""
+                )
+                raise DatasetError(f"{self.url}: {len(same)} shards have a key {key!r}: say which one by shard=: {shards}")
+        return found.take(pa.array([places[key][0] for key in keys], pa.int64())).select(schema.names)
 
     def image(self, key: str, shard: str | None = None) -> bytes:
         """The encoded image of one sample, as the source has it: one ranged read, or one row group of a Parquet source.
@@ -192,168 +326,54 @@ class Dataset:
             SourceChanged: its image is not what was embedded.
             StorageError: the source cannot be read.
         """
-        return self.image_of(self._find(key, shard))
+        (row,) = self.find([key], shard, PLACE_COLUMNS).to_pylist()
+        return self.image_of(row)
 
     def image_of(self, row: Mapping[str, Any]) -> bytes:
-        """The same for a row that is known, as a mapping of `PLACE_COLUMNS`."""
-        if row["offset"] is not None:
-            image = _range(self._source, row)
-        elif self.table_.layout_fields["format"] == "parquet":
-            image = _cell(self._source, row)
-        else:
-            reason = f"the image of {row['key']!r} lies in a compressed archive and cannot be read by itself"
-            raise DatasetError(f"{row['url']}: {reason}")
-        if image is None or _content_hash(image) != row["content_hash"]:
-            reason = f"the source has changed since version {self.version}: {row['key']!r} has another image"
-            raise SourceChanged(f"{row['url']}: {reason}")
+        """The encoded image of a row that was read; it has to hold `PLACE_COLUMNS`. See `image`."""
+        image = read_image(self._source, row, self.table_.layout_fields["format"])
+        if image is None:
+            changed = f"the source has changed since version {self.version}: {row['key']!r} has another image"
+            raise SourceChanged(f"{row['url']}: {changed}")
         return image
 
-    def _find(self, key: str, shard: str | None) -> dict[str, Any]:
-        """`PLACE_COLUMNS` of one row."""
-        entries = [entry for entry in self.entries() if shard in (None, entry.shard)]
-        if not entries and shard is not None:
-            hint = nearest(shard, {entry.shard for entry in self.entries()})
-            raise DatasetError(f"{self.url}: version {self.version} has no shard {shard!r}; {hint or 'see its column shard'}")
-        with ThreadPoolExecutor(16) as threads:
-            rows = [row for found in threads.map(lambda entry: self._rows_of(entry, key), entries) for row in found]
-        if not rows:
-            raise DatasetError(f"{self.url}: version {self.version} has no key {key!r}" + (f" in {shard}" if shard else ""))
-        if len(rows) > 1:
-            shards = ", ".join(row["shard"] for row in rows[:5]) + (", …" if len(rows) > 5 else "")
-            raise DatasetError(f"{self.url}: {len(rows)} shards have a key {key!r}: say which one by shard=: {shards}")
-        return rows[0]
+    def images_of(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes | PipelineError]:
+        """The encoded images of rows, read ahead of need; or the error of one that cannot be read."""
 
-    def _rows_of(self, entry: Entry, key: str) -> list[dict[str, Any]]:
-        """`PLACE_COLUMNS` of the rows with this key in one partition; row groups without it are known by their statistics."""
-        with self._present(entry) as url:
-            file = pq.ParquetFile(_Ranges(self.table_.store, url, entry.num_bytes), pre_buffer=True)
-            column = file.schema_arrow.get_field_index("key")
-            groups = []
-            for group in range(file.num_row_groups):
-                statistics = file.metadata.row_group(group).column(column).statistics
-                if statistics is None or not statistics.has_min_max or statistics.min <= key <= statistics.max:
-                    groups.append(group)
-            rows = file.read_row_groups(groups, columns=list(PLACE_COLUMNS))
-            return list(rows.filter(pc.equal(rows.column("key"), key)).to_pylist())
+        def read(row: Mapping[str, Any]) -> bytes | PipelineError:
+            try:
+                return self.image_of(row)
+            except PipelineError as error:
+                return error
 
-    def _node(self, node: str | None) -> str:
+        with ThreadPoolExecutor(IMAGES_AHEAD) as pool:
+            yield from ahead(pool, read, rows, IMAGES_AHEAD)
+
+    def quarantine(self) -> list[Quarantined]:
+        """What could not be embedded, of the partitions of this version."""
+        rows: list[Quarantined] = []
+        for entry in self.entries():
+            if entry.num_quarantined:
+                store = self.table_.store
+                with present(self.table_, entry) as url:
+                    footer = partition.read_footer(store, store.stat(url))
+                    rows += partition.read_quarantine(store, self.url, footer)
+        return rows
+
+    def node(self, node: str | None = None) -> str:
+        """Name of an embedding column: the one given, which there has to be, or the first."""
         name = node or next(iter(self.nodes))
         if name not in self.nodes:
             raise DatasetError(f"{self.url}: there is no embedding column {name!r}; it has {', '.join(self.nodes)}")
         return name
 
-    def _names(self, columns: Sequence[str] | None) -> list[str]:
-        names = list(columns) if columns is not None else self.schema.names
-        for name in names:
+    def _schema_of(self, columns: Sequence[str] | None) -> pa.Schema:
+        """Fields of all columns, or of those named; without the widths, so that equal columns have equal fields."""
+        for name in columns or []:
             if name not in self.schema.names:
                 hint = nearest(name, self.schema.names)
                 raise DatasetError(
                     f"{self.url}: there is no column {name!r}; {hint or 'it has ' + ', '.join(self.schema.names)}"
                 )
-        return names
-
-    def _partitions(self, names: list[str]) -> Iterator[pa.Table]:
-        for entry in self.entries():
-            yield self.read(entry, names)
-
-    @contextlib.contextmanager
-    def _open(self, entry: Entry) -> Iterator[BinaryIO]:
-        store = self.table_.store
-        with self._present(entry) as url, store.open(store.stat(url)) as file:
-            yield file
-
-    @contextlib.contextmanager
-    def _present(self, entry: Entry) -> Iterator[str]:
-        """The URL of a partition; tells a file that was vacuumed from one that the store has lost."""
-        store, url = self.table_.store, join(self.url, entry.path)
-        try:
-            yield url
-        except StorageRefused:
-            newest = Table.open(store, self.url)
-            if newest is None or any(each.path == entry.path for each in newest.entries) or store.exists(url):
-                raise
-            raise DatasetError(
-                f"{self.url}: version {self.version} was vacuumed: its partition {entry.path} is gone; "
-                f"the newest version is {newest.version}"
-            ) from None
-
-
-class _Ranges(io.RawIOBase):
-    """A stored file in which every read is one ranged request for just these bytes, where `Store.open` reads ahead."""
-
-    def __init__(self, store: Store, url: str, num_bytes: int) -> None:
-        self._store, self._url, self._num_bytes, self._position = store, url, num_bytes, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._num_bytes}[whence]
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        count = min(len(buffer), self._num_bytes - self._position)
-        if count > 0:
-            buffer[:count] = self._store.read_range(self._url, self._position, count)
-            self._position += count
-        return max(count, 0)
-
-
-def _content_hash(image: bytes) -> str:
-    return hashlib.sha256(image).hexdigest()[:32]
-
-
-def _range(source: Store, row: Mapping[str, Any]) -> bytes | None:
-    """The bytes that a row points at; None where the object has become too short for them."""
-    try:
-        return source.read_range(row["url"], row["offset"], row["nbytes"])
-    except StorageError:
-        if source.stat(row["url"]).num_bytes < row["offset"] + row["nbytes"]:
-            return None
-        raise
-
-
-def _cell(source: Store, row: Mapping[str, Any]) -> bytes | None:
-    """The value with the row's content hash in row `index` of a Parquet file, in whichever column; None where none has it."""
-    stat = source.stat(row["url"])
-    with source.open(stat) as handle:
-        try:
-            file = open_file(handle, stat)
-            columns = [field.name for field in file.schema_arrow if _may_hold_bytes(field.type)]
-            start = row["index"]
-            for group in range(file.num_row_groups):
-                num_rows = file.metadata.row_group(group).num_rows
-                if start < num_rows:
-                    break
-                start -= num_rows
-            else:
-                return None
-            for batch in file.iter_batches(16, row_groups=[group], columns=columns, use_threads=False):
-                if start < batch.num_rows:
-                    values = batch.slice(start, 1).to_pylist()[0]
-                    return next((each for each in _bytes_in(values) if _content_hash(each) == row["content_hash"]), None)
-                start -= batch.num_rows
-        except (ShardError, pa.ArrowException, OSError, ValueError):  # no longer a Parquet file, or a damaged one
-            pass
-    return None
-
-
-def _may_hold_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind))
-
-
-def _bytes_in(value: Any) -> Iterator[bytes]:
-    """The bytes in a row or a struct, at any depth."""
-    if isinstance(value, bytes):
-        yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _bytes_in(each)
+        names = self.schema.names if columns is None else columns
+        return pa.schema([self.schema.field(name).remove_metadata() for name in names])

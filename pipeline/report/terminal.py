@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan
 
 LINE_EVERY_S = 10.0
+MAX_CELL = 48
+"""Characters of a table's cell that comes from data."""
 
 
 class Watch:
@@ -224,6 +226,30 @@ def show_export(report: dict[str, Any]) -> None:
     )
 
 
+def show_search(report: dict[str, Any]) -> None:
+    """What was found for each query."""
+    where = f", where {' and '.join(report['where'])}" if report["where"] else ""
+    show_pairs(
+        [
+            ("dataset", f"{report['output']}  version {report['version']}, {report['rows']:,} rows"),
+            ("searched", f"{report['node']} by {report['metric']}{where} in {duration(report['seconds'])}"),
+            *([("page", report["page"])] if report["page"] else []),
+        ]
+    )
+    for query in report["queries"]:
+        found = query["neighbours"]
+        has_label = any("label" in row for row in found)
+        show_pairs([("", ""), ("query", query["query"])])
+        table = _table("key", "score", *(["label"] if has_label else []), "shard")
+        for row in found:
+            label = [_cell(str(row["label"]))] if has_label else []
+            table.add_row(_cell(row["key"]), f"{row['score']:.4f}", *label, _cell(row["shard"].rpartition("/")[2]))
+        if found:
+            _print(table)
+        else:
+            show_pairs([("", "no row was found")])
+
+
 def show_bench(report: dict[str, Any]) -> None:
     """The limits of this machine, how close the loop comes, and what training machinery would cost."""
     machine, storage, decode, forward = (report[name] for name in ("machine", "storage", "decode", "forward"))
@@ -271,6 +297,12 @@ def _table(first: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
+
+
+def _cell(text: str) -> Text:
+    """Text from data, no longer than leaves room for the others of its row."""
+    text = printable(text)
+    return Text(text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 1]}…")
 
 
 def _print(table: Table) -> None:

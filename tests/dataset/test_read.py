@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from bucket import Bucket
 from conftest import noise, settings, shard_members, tar_bytes
+from datasets import write_dataset
 from faults import FaultProxy
 from hostile_containers import page_of_huge_length
 from meter import metered
@@ -21,9 +21,11 @@ from s3 import S3Server
 import pipeline
 from pipeline import driver
 from pipeline.config import Storage
+from pipeline.dataset.groups import GROUPS_AHEAD, RowGroup
 from pipeline.errors import DatasetError, SourceChanged, StorageRefused
 from pipeline.storage import Store
 
+ROWS_ND = np.random.default_rng(0).standard_normal((1000, 8)).astype(np.float32)
 WIDE = {"model": "torchvision/resnet18", "weights": "seed:0", "nodes": {"embedding": {"node": "flatten"}}}
 
 
@@ -87,15 +89,41 @@ class TestRows:
         two = next(dataset.iter_batches(["width", "key"]))
         assert two.schema.names == ["width", "key"], "in the order asked for"
 
-    def test_batches_open_one_partition_at_a_time(self, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        opened = []
-        open_file = Store.open
-        monkeypatch.setattr(Store, "open", lambda self, file: opened.append(file.url) or open_file(self, file))
-        batches = pipeline.open_dataset(output, 0).iter_batches(["key"])
-        for number in range(1, 5):
-            next(batches)
-            assert len(opened) == number
-        assert next(batches, None) is None
+    def test_batches_of_row_groups_are_read_no_further_ahead_than_stated(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        dataset = write_dataset(tmp_path, ROWS_ND, rows_per_shard=300, rows_per_group=50)
+        read = []
+        read_group = RowGroup.read
+        monkeypatch.setattr(RowGroup, "read", lambda self, columns: read.append(self.start) or read_group(self, columns))
+        for number, batch in enumerate(dataset.iter_batches(["key"]), 1):
+            assert batch.column("key")[0].as_py() == f"{50 * (number - 1):05d}"
+            assert len(read) <= number + GROUPS_AHEAD
+        assert sorted(read) == list(range(0, 1000, 50))
+
+    def test_single_rows_in_the_order_asked_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        dataset = write_dataset(tmp_path, ROWS_ND, rows_per_shard=300, rows_per_group=50)
+        read = []
+        read_group = RowGroup.read
+        monkeypatch.setattr(RowGroup, "read", lambda self, columns: read.append(self.start) or read_group(self, columns))
+        positions = [999, 3, 310, 3, 4]
+        rows = dataset.take(positions)
+        assert rows.column("key").to_pylist() == [f"{position:05d}" for position in positions]
+        assert np.array_equal(np.array(rows.column("embedding").to_pylist(), np.float32), ROWS_ND[positions])
+        assert sorted(read) == [0, 300, 950]
+        assert dataset.take([], ["key"]).num_rows == 0
+        for wrong in (-1, 1000):
+            with pytest.raises(DatasetError, match=rf"positions .*{wrong}.* are not all in 0 to 999"):
+                dataset.take([5, wrong])
+
+    def test_rows_by_their_keys(self, tmp_path: Path) -> None:
+        dataset = write_dataset(tmp_path, ROWS_ND, list(range(1000)), rows_per_shard=300, rows_per_group=50)
+        rows = dataset.find(["00700", "00003", "00700"], columns=["embedding", "label"])
+        assert rows.schema.names == ["embedding", "label"]
+        assert rows.column("label").to_pylist() == [700, 3, 700]
+        assert np.array_equal(np.array(rows.column("embedding").to_pylist(), np.float32), ROWS_ND[[700, 3, 700]])
+        with pytest.raises(DatasetError, match="version 0 has no key '01000'"):
+            dataset.find(["00003", "01000"])
 
     def test_an_older_version_stays_as_it_was(self, output: str) -> None:
         assert len(pipeline.open_dataset(output)) == 45
@@ -201,19 +229,16 @@ class TestImages:
         with pytest.raises(DatasetError, match=r"a\.tar\.gz: .*'00000' lies in a compressed archive"):
             pipeline.open_dataset(str(tmp_path / "out")).image("00000")
 
-    def test_finding_a_key_reads_no_embeddings(
-        self, tmp_path: Path, local_ray: None, reads: list[tuple[str, int, int]]
-    ) -> None:
+    def test_finding_a_key_reads_no_embeddings(self, s3: S3Server, local_ray: None, reads: list[tuple[str, int, int]]) -> None:
         images = noise(300)
-        for name, part in (("a", images[:150]), ("b", images[150:])):
-            (tmp_path / f"{name}.tar").write_bytes(tar_bytes(shard_members(part, 0 if name == "a" else 150)))
-        driver.run(settings(f"{tmp_path}/*.tar", tmp_path / "out", backbone=WIDE))
-        dataset = pipeline.open_dataset(str(tmp_path / "out"))
+        bucket = Bucket(s3)
+        bucket.fill(images, 150)
+        driver.run(bucket.config(backbone=WIDE))
+        dataset = pipeline.open_dataset(bucket.output, storage=Storage(**bucket.storage))
         reads.clear()
         assert dataset.image("00160") == images[160]
-        by_file = {file: sum(size for url, _, size in reads if url.endswith(file[-40:])) for file in dataset.files()}
-        sizes = [os.path.getsize(file.removeprefix("file://")) for file in dataset.files()]
-        assert min(sizes) > 300_000, "150 rows of 512 float32"
+        by_file = {file: sum(size for url, _, size in reads if url == file) for file in dataset.files()}
+        assert min(entry.num_bytes for entry in dataset.entries()) > 300_000, "150 rows of 512 float32"
         # The footer comes with the 64 KiB at the end of the file.
         assert max(by_file.values()) < (64 << 10) + 20_000
         assert min(by_file.values()) == 64 << 10, "the statistics of the other partition rule its rows out"

@@ -13,7 +13,7 @@ from s3 import S3Server
 import pipeline
 from pipeline import config
 from pipeline.dataset.read import Dataset
-from pipeline.storage import PIECE_BYTES
+from pipeline.rawfile import PIECE_BYTES
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

@@ -14,6 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import pipeline.errors
+import pipeline.rawfile
 import pipeline.storage
 from pipeline import config
 from pipeline.source import Source, tar
@@ -107,7 +108,7 @@ def test_large_members_that_nobody_wants_are_passed_over(tmp_path: Path) -> None
 
 
 def test_on_a_remote_store_they_are_not_even_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.storage, "PIECE_BYTES", 1_000)
+    monkeypatch.setattr(pipeline.rawfile, "PIECE_BYTES", 1_000)
     monkeypatch.setattr(tar, "MAX_PASSED_BYTES", 2_000)
     sizes = {"a.bin": 30_000, "b.jpg": 100, "c.bin": 700, "d.jpg": 5_000, "e.bin": 90_000, "f.jpg": 1}
     content = archive([(name, name.encode() * size) for name, size in sizes.items()], tarfile.USTAR_FORMAT)

@@ -1,0 +1,79 @@
+"""Pages: one HTML file each, which loads nothing and runs nothing. A frame for all of them, and what is put into it.
+
+Templates lie in `templates/`: `frame.html` is the page around everything, `strip.html` has thumbnails with their captions.
+All that is put into one is escaped, and characters that would steer the text around them (a change of direction, for example)
+are spelled out: keys and labels may come from anyone.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import printable
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from PIL.Image import Image
+
+THUMBNAIL_SIDE = 240
+"""Longer side in pixels: sharp on dense screens at the size in which pages show it."""
+THUMBNAIL_QUALITY = 80
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thumbnail:
+    """A small picture inside the page, or why there is none."""
+
+    uri: str = ""
+    """`data:image/jpeg;base64,…`; empty where there is no picture."""
+    width: int = 0
+    """Pixels."""
+    height: int = 0
+    why: str = ""
+
+    @classmethod
+    def of(cls, image: Image) -> Thumbnail:
+        """A picture made small; `image` may be changed."""
+        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), reducing_gap=2.0)
+        file = io.BytesIO()
+        image.convert("RGB").save(file, "JPEG", quality=THUMBNAIL_QUALITY)
+        uri = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+        return cls(uri=uri, width=image.width, height=image.height)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """A row of a dataset in a strip of thumbnails."""
+
+    thumbnail: Thumbnail
+    key: str
+    label: str | None = None
+    is_same: bool = False
+    """Whether the label is the one that was asked for."""
+    score: str | None = None
+    rank: int | None = None
+    more: tuple[tuple[str, str], ...] = ()
+    """Names and values below."""
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from its template."""
+    return _environment().get_template(template).render(**values)
+
+
+@functools.cache
+def _environment() -> Environment:
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # markup is a str of its own kind
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
