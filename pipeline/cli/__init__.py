@@ -14,13 +14,15 @@ from collections.abc import Callable
 
 import typer
 
-from pipeline.cli import dataset, run, setup
+from pipeline.cli import dataset, probe, run, setup
 from pipeline.cli.common import PlainFormatter
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     run.run,
     run.plan,
     dataset.status,
+    probe.probe,
+    probe.predict,
     dataset.diff,
     dataset.vacuum,
     run.bench,

@@ -100,16 +100,23 @@ class Dataset:
         """The key of every row."""
         return [str(key) for key in self.table(["key"]).column("key").to_pylist()]
 
-    def to_numpy(self, node: str | None = None) -> NDArray[np.float32]:
-        """One embedding column as a contiguous (N, D) float32 array, in the order of `table()`."""
+    def to_numpy(self, node: str | None = None, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """One embedding column as a contiguous (N, D) float32 array, in the order of `table()`.
+
+        Args:
+            node: name of the column; the first one when left out.
+            rows: positions of the rows wanted, ascending; all when left out.
+        """
         name = self._node(node)
-        embeddings_ND = np.empty((len(self), self.nodes[name]), np.float32)
-        start = 0
-        for table in self._partitions([name]):
-            stop = start + table.num_rows
-            if table.num_rows:
-                embeddings_ND[start:stop] = partition.list_values(table.column(name))
-            start = stop
+        embeddings_ND = np.empty((len(self) if rows is None else len(rows), self.nodes[name]), np.float32)
+        first = start = 0
+        for entry in self.entries():
+            wanted = slice(None) if rows is None else rows[start : np.searchsorted(rows, first + entry.num_rows)] - first
+            if entry.num_rows and (isinstance(wanted, slice) or len(wanted)):
+                values_ND = partition.list_values(self.read(entry, [name]).column(name))[wanted]
+                embeddings_ND[start : start + len(values_ND)] = values_ND
+                start += len(values_ND)
+            first += entry.num_rows
         return embeddings_ND
 
     def to_torch(self, node: str | None = None) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The loop as a Ray actor pinned to one GPU (or one CPU node), and the pool that keeps the actors busy.
 
 The only room that talks to Ray, with the driver's start-up. Shards go to the actors and partitions' descriptions come back;
-no pixel and no embedding ever enters Ray's object store.
+no pixel and no embedding ever enters Ray's object store. `on_gpu` lends a GPU of the cluster to what is no extraction.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -34,6 +34,8 @@ from pipeline.source import Source
 if TYPE_CHECKING:
     from pipeline.extract.backbone import Backbone
     from pipeline.extract.loop import Loop
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -253,6 +255,29 @@ def cluster() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def on_gpu(function: Callable[..., T], *arguments: Any) -> T:
+    """`function(*arguments)` in a task on a GPU of the cluster, else in this process where there is no cluster or no GPU.
+
+    The function reads its data itself: only its arguments and what it returns travel.
+
+    Raises:
+        WorldError: the task's process died; otherwise what the function raises.
+    """
+    if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
+        return function(*arguments)
+    with cluster():
+        if not ray.cluster_resources().get("GPU"):  # type: ignore[no-untyped-call]
+            return function(*arguments)
+        remote: Any = ray.remote(num_gpus=1, max_retries=1)(function)
+        try:
+            result: T = ray.get(remote.remote(*arguments))
+        except RayTaskError as error:
+            raise _cause(error) from None
+        except RayError as error:
+            raise WorldError(f"what ran on a GPU of the cluster died: {_first_line(error)}") from None
+        return result
 
 
 @dataclass(slots=True)
