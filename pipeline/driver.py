@@ -423,8 +423,7 @@ def train_probe(output: config.Output, version: int | None, wanted: config.Probe
 
 def _asked(wanted: config.Probe, store: Store) -> dict[str, Any]:
     """What determines a probe besides the version."""
-    fingerprint = store.stat(wanted.labels).fingerprint if wanted.labels is not None else None
-    return {"settings": wanted.model_dump(mode="json"), "labels_fingerprint": fingerprint}
+    return {"settings": wanted.model_dump(mode="json"), "labels_fingerprint": labels.fingerprint(store, wanted)}
 
 
 def _save(goal: Goal, summary: Summary) -> None:

@@ -113,6 +113,14 @@ def local_ray() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def embedded(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> str:
+    """A dataset of 260 digits with labels, groups and parts; see `digits.embed`."""
+    import digits
+
+    return digits.embed(tmp_path_factory.mktemp("embedded"))
+
+
+@pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server on this machine."""
     with S3Server(tmp_path_factory.mktemp("s3")) as server:

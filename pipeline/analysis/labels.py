@@ -21,7 +21,7 @@ from pipeline import config
 from pipeline.analysis.head import Label
 from pipeline.dataset.read import Dataset
 from pipeline.errors import ConfigError, DatasetError, StorageRefused
-from pipeline.storage import Store
+from pipeline.storage import FileStat, Store
 
 T = TypeVar("T")
 
@@ -64,6 +64,15 @@ def encode(labels: Sequence[Label | None] | NDArray[Any], column: str) -> tuple[
         raise ConfigError(f"probe.label: column {column!r} has the one class {classes[0]!r}; at least 2 are needed.")
     index = {label: row for row, label in enumerate(classes)}
     return classes, np.fromiter((-1 if label is None else index[label] for label in plain), np.int64, len(plain))
+
+
+def fingerprint(store: Store, settings: config.Probe) -> str | None:
+    """Of the file with the labels as it is now; None where there is none.
+
+    Raises:
+        ConfigError: the file is not there.
+    """
+    return None if settings.labels is None else _File(store, settings.labels).stat().fingerprint
 
 
 def check(schema: pa.Schema, store: Store, settings: config.Probe) -> dict[str, bool]:
@@ -143,9 +152,18 @@ class _File:
         self.url, self._store = url, store
         self._is_csv = url.lower().endswith(".csv")
 
+    def stat(self) -> FileStat:
+        """The file as it is now."""
+        try:
+            return self._store.stat(self.url)
+        except StorageRefused as error:
+            raise ConfigError(f"probe.labels: {error}") from None
+
     def columns(self) -> list[str]:
         """Their names; reads a header or a footer."""
-        return self._opened(lambda file: list((pa_csv.open_csv(file) if self._is_csv else pq.ParquetFile(file)).schema.names))
+        if self._is_csv:
+            return self._opened(lambda file: list(pa_csv.open_csv(file).schema.names))
+        return self._opened(lambda file: list(pq.read_schema(file).names))
 
     def read(self, names: Sequence[str], texts: Sequence[str]) -> pa.Table:
         """These columns; `texts` are those of them that are not guessed to be numbers or dates where they look so."""
@@ -161,10 +179,8 @@ class _File:
 
     def _opened(self, act: Callable[[BinaryIO], T]) -> T:
         try:
-            with self._store.open(self._store.stat(self.url)) as file:
+            with self._store.open(self.stat()) as file:
                 return act(file)
-        except StorageRefused as error:
-            raise ConfigError(f"probe.labels: {error}") from None
         except pa.ArrowException as error:
             kind = "CSV" if self._is_csv else "Parquet"
             raise ConfigError(f"probe.labels: {self.url}: cannot be read as {kind}: {error}") from None
