@@ -64,7 +64,7 @@ def test_a_function_runs_on_a_gpu_of_the_cluster(embedded: str, tmp_path: Path) 
     assert found["refused"] == "field: value: what is allowed", "errors arrive as what they are"
     assert found["dead"].startswith("what ran on a GPU of the cluster died: ")
     metrics = json.loads(Path(embedded, found["probe"]["path"], "metrics.json").read_text())
-    assert metrics["test_accuracy"] == found["probe"]["test_accuracy"] > 0.5
+    assert metrics["test_accuracy"] == found["probe"]["test_accuracy"] > 0.3
 
 
 def test_without_a_gpu_it_runs_here(local_ray: None) -> None:
