@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,9 @@ from pipeline.analysis.labels import encode, read
 from pipeline.analysis.split import Split, draw, given
 from pipeline.dataset.read import Dataset, open_dataset
 from pipeline.errors import ConfigError, DatasetError, GuardError
+
+if TYPE_CHECKING:  # torch takes seconds to load, and reading or applying weights does without it
+    import torch
 
 Features = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 """Ascending rows to their features (rows, D) float32."""
@@ -134,22 +137,11 @@ def fit(
     train, validation, test = (np.searchsorted(used, part) for part in (split.train, split.validation, split.test))
     warnings = [*split.warnings, *_check_classes(targets_U, train, test, classes, settings)]
 
-    curve: list[dict[str, Any]] = []
-    for node, load in loaders.items():
-        task = _Task(_loaded(load, rows, node), targets_U, len(classes), device)
-        for normalize in settings.normalizations:
-            curve += [{"node": node, "normalize": normalize, **point} for point in task.sweep(normalize, train, validation)]
-        if node != [*loaders][-1]:
-            del task  # before the features of the next one are loaded
-    best = _best(curve)
-    if best["node"] != node:
-        del task
-        task = _Task(_loaded(loaders[best["node"]], rows, best["node"]), targets_U, len(classes), device)
+    curve, chosen, task = _compared(loaders, settings, rows, targets_U, train, validation, len(classes), device)
+    best = chosen.point
     if best["C"] in (logistic.VALUES_OF_C[0], logistic.VALUES_OF_C[-1]):
         warnings.append(f"The best C is {best['C']:g}, at the edge of the grid: a better one may lie outside.")
-
-    both = np.sort(np.concatenate([train, validation]))
-    weight_KD, bias_K, converged = task.refit(best["normalize"], both, best["C"])
+    weight_KD, bias_K, converged = task.refit(chosen, np.sort(np.concatenate([train, validation])))
     if not converged:
         warnings.append(f"The final fit was stopped after {logistic.MAX_EVALUATIONS} evaluations, before it had converged.")
     head = Head(
@@ -172,7 +164,7 @@ def fit(
         **best,
         "knn": neighbours,
         "compared": [
-            _best([point for point in curve if (point["node"], point["normalize"]) == pair])
+            min((point for point in curve if (point["node"], point["normalize"]) == pair), key=_rank)
             for pair in dict.fromkeys((point["node"], point["normalize"]) for point in curve)
         ],
         "num_train": len(train),
@@ -272,8 +264,48 @@ def _loaded(load: Features, rows: NDArray[np.int64], node: str) -> NDArray[np.fl
     return features_UD
 
 
-def _best(points: list[dict[str, Any]]) -> dict[str, Any]:
-    return min(points, key=lambda point: (-point["validation_accuracy"], point["validation_nll"], point["C"]))
+def _compared(
+    loaders: Mapping[str, Features],
+    settings: config.Probe,
+    rows: NDArray[np.int64],
+    targets_U: NDArray[np.int64],
+    train: NDArray[np.int64],
+    validation: NDArray[np.int64],
+    num_classes: int,
+    device: str,
+) -> tuple[list[dict[str, Any]], _Chosen, _Task]:
+    """Every point of the comparison, the best of them, and its node's features, which are loaded again if they have to be."""
+    curve: list[dict[str, Any]] = []
+    chosen: _Chosen | None = None
+    node, task = "", None
+    for node, load in loaders.items():
+        task = None  # the features of the node before, before those of this one are loaded
+        task = _Task(_loaded(load, rows, node), targets_U, num_classes, device)
+        for normalize in settings.normalizations:
+            points, found = task.sweep({"node": node, "normalize": normalize}, train, validation)
+            curve += points
+            if chosen is None or _rank(found.point) < _rank(chosen.point):
+                chosen = found
+    assert chosen is not None and task is not None, "there is a node and a normalisation"
+    if chosen.point["node"] != node:
+        task = None
+        node = chosen.point["node"]
+        task = _Task(_loaded(loaders[node], rows, node), targets_U, num_classes, device)
+    return curve, chosen, task
+
+
+def _rank(point: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Lower is better."""
+    return -point["validation_accuracy"], point["validation_nll"], point["C"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """A point of the comparison and what made it."""
+
+    point: dict[str, Any]
+    axes: logistic.Axes
+    head_KP: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,35 +318,44 @@ class _Task:
     device: str
 
     def sweep(
-        self, normalize: config.Standardize, train: NDArray[np.int64], validation: NDArray[np.int64]
-    ) -> list[dict[str, float]]:
-        """Fit every C on train; accuracy and mean NLL (nats) of each on validation."""
+        self, way: dict[str, Any], train: NDArray[np.int64], validation: NDArray[np.int64]
+    ) -> tuple[list[dict[str, Any]], _Chosen]:
+        """Fit every C on train; accuracy and mean NLL (nats) of each on validation, and the best of them.
+
+        Args:
+            way: `node` and `normalize`; they become part of each point.
+            train: rows.
+            validation: rows.
+        """
         import torch
 
-        axes = logistic.axes(self.features_UD, train, normalize, self.device)
+        axes = logistic.axes(self.features_UD, train, way["normalize"], self.device)
         columns_NP, columns_VP = axes.apply(self.features_UD, train), axes.apply(self.features_UD, validation)
         targets_V = torch.from_numpy(self.targets_U[validation]).to(self.device)
+        best: _Chosen | None = None
         curve = []
-        for values, heads_AKP, _ in logistic.path(
-            columns_NP, self.targets_U[train], axes.spectrum, self.num_classes, logistic.VALUES_OF_C, logistic.WAVE
+        for values, heads_AKP in logistic.path(
+            columns_NP, self.targets_U[train], axes.spectrum, self.num_classes, logistic.VALUES_OF_C
         ):
             hits_A, nll_A = torch.zeros(2, len(values), dtype=torch.float64)
             for rows, logits_AKV in logistic.logits(columns_VP, heads_AKP):
                 hits_A += (logits_AKV.argmax(1) == targets_V[rows]).sum(1).cpu()
                 nll_A += logistic.losses(logits_AKV.log_softmax(1), targets_V[rows]).cpu()
             accuracy_A, nll_A = hits_A / len(validation), nll_A / len(validation)
-            for C, accuracy, nll in zip(values.tolist(), accuracy_A.tolist(), nll_A.tolist(), strict=True):
-                curve.append({"C": C, "validation_accuracy": accuracy, "validation_nll": nll})
-        return curve
+            for C, accuracy, nll, head_KP in zip(values.tolist(), accuracy_A.tolist(), nll_A.tolist(), heads_AKP, strict=True):
+                point = {**way, "C": C, "validation_accuracy": accuracy, "validation_nll": nll}
+                curve.append(point)
+                if best is None or _rank(point) < _rank(best.point):
+                    best = _Chosen(point, axes, head_KP)
+        assert best is not None, "the grid has values"
+        return curve, best
 
-    def refit(
-        self, normalize: config.Standardize, rows: NDArray[np.int64], C: float
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32], bool]:
-        """Folded weight (K, D) and bias (K,) at one C, and whether the solver converged."""
-        axes = logistic.axes(self.features_UD, rows, normalize, self.device)
-        # Along the same path as in the sweep, one head a wave: quicker than from zero, and the same head where C hardly binds.
-        waypoints = logistic.VALUES_OF_C[logistic.WAVE - 1 :: logistic.WAVE]
-        values = np.append(waypoints[waypoints < C], C)
+    def refit(self, chosen: _Chosen, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32], bool]:
+        """Folded weight (K, D) and bias (K,) at the C that was chosen, and whether the solver converged."""
+        C, normalize = chosen.point["C"], chosen.point["normalize"]
+        axes = logistic.axes(self.features_UD, rows, normalize, self.device, like=chosen.axes)
         columns_NP, targets_N = axes.apply(self.features_UD, rows), self.targets_U[rows]
-        *_, (_, heads_AKP, converged) = logistic.path(columns_NP, targets_N, axes.spectrum, self.num_classes, values, 1)
-        return *axes.fold(heads_AKP[-1]), converged
+        # From the head that was chosen: where C hardly binds there are many as good, and this is the one that did best.
+        start_AKP = chosen.head_KP[None]
+        heads_AKP, converged = logistic.solve(columns_NP, targets_N, axes.spectrum, np.array([C]), start_AKP)
+        return *axes.fold(heads_AKP[0]), converged

@@ -46,7 +46,16 @@ def test_pieces_change_nothing(digits, monkeypatch):
     monkeypatch.setattr(knn, "QUERIES", 100)
     monkeypatch.setattr(knn, "LOGITS_BYTES", 4 * 100 * 70)  # 70 rows of the bank at a time: less than most k
     monkeypatch.setattr("pipeline.analysis.logistic.ROWS_BYTES", 1 << 15)
-    assert knn.score(features, labels, TRAIN, VALIDATION, TEST, 10, "cpu") == whole
+    pieces = knn.score(features, labels, TRAIN, VALIDATION, TEST, 10, "cpu")
+    assert {**pieces, "seconds": 0} == {**whole, "seconds": 0}
+
+
+def test_k_is_chosen_on_some_of_many_validation_rows(digits, monkeypatch):
+    features, labels = digits
+    monkeypatch.setattr(knn, "CHOOSE_ON", 50)
+    found = knn.score(features, labels, TRAIN, VALIDATION, TEST, 10, "cpu")
+    spread = VALIDATION[np.linspace(0, 399, 50).round().astype(int)]
+    assert found["validation_accuracy"] == pytest.approx(plain(features, labels, TRAIN, spread, found["k"]))
 
 
 def test_a_bank_smaller_than_every_k(digits):
