@@ -1,7 +1,7 @@
 """Nearest neighbours on the same split as the probe: what the features tell without any training.
 
-As DINOv2 does it: features divided by their norms, the k nearest by cosine vote with weight exp(cosine / 0.07). k is 10, 20, 100
-or 200, chosen on validation, or on `CHOOSE_ON` rows of it, and scored on all of test.
+As DINOv2 does it: features divided by their norms, the k nearest by cosine vote with weight exp(cosine / 0.07). k is 10, 20,
+100 or 200, chosen on validation, or on `CHOOSE_ON` rows of it, and scored on all of test.
 
 Legend: N rows of the bank, Q queries, D features, K classes, T neighbours kept.
 """

@@ -39,6 +39,8 @@ RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 1e-4, 1e-8
 """A head is done when a step promises to lower its objective by less than 1e-4 of it plus 1e-8 nats. Unlike a bound on the
 gradient this depends neither on the scale of the features nor, where C is large, on how small the gradient is far from the
 optimum. The second is for classes that can be separated: there the objective itself goes to zero with growing C."""
+FINAL_TOLERANCE = 1e-5
+"""In place of the first for the one head that is handed out: some ten evaluations more."""
 LOGITS_BYTES = 256 << 20
 """Most that the logits of one evaluation take; more rows than that go in several chunks."""
 ROWS_BYTES = 64 << 20
@@ -190,6 +192,7 @@ def solve(
     spectrum_P: torch.Tensor,
     values: NDArray[np.float64],
     start_AKP: torch.Tensor,
+    tolerance: float = RELATIVE_TOLERANCE,
 ) -> tuple[torch.Tensor, bool]:
     """The heads (A, K, P) for A values of C, each from where it starts, and whether all of them converged."""
     import torch
@@ -198,11 +201,17 @@ def solve(
         torch.from_numpy(1 / (values * len(columns_NP))).float().to(columns_NP.device)[:, None].repeat(1, len(spectrum_P))
     )
     ridge_AP[:, -1] = 0
-    return _minimise(columns_NP, torch.from_numpy(targets_N).to(columns_NP.device), spectrum_P, ridge_AP, start_AKP)
+    targets = torch.from_numpy(targets_N).to(columns_NP.device)
+    return _minimise(columns_NP, targets, spectrum_P, ridge_AP, start_AKP, tolerance)
 
 
 def _minimise(
-    columns_NP: torch.Tensor, targets_N: torch.Tensor, spectrum_P: torch.Tensor, ridge_AP: torch.Tensor, start_AKP: torch.Tensor
+    columns_NP: torch.Tensor,
+    targets_N: torch.Tensor,
+    spectrum_P: torch.Tensor,
+    ridge_AP: torch.Tensor,
+    start_AKP: torch.Tensor,
+    tolerance: float,
 ) -> tuple[torch.Tensor, bool]:
     """L-BFGS over a batch of heads that share nothing but the products with the features.
 
@@ -215,6 +224,7 @@ def _minimise(
         spectrum_P: float32, from `Axes`.
         ridge_AP: float32, 1 / (C N), and 0 for the bias.
         start_AKP: float32, where each head starts.
+        tolerance: relative.
 
     Returns:
         The heads (A, K, P) float32, and whether all of them converged.
@@ -232,7 +242,7 @@ def _minimise(
     step_A, gain_A = torch.ones_like(value_A), torch.full_like(value_A, math.inf)
     num_evaluations = 1
     while True:
-        tolerance_A = RELATIVE_TOLERANCE * value_A + ABSOLUTE_TOLERANCE
+        tolerance_A = tolerance * value_A + ABSOLUTE_TOLERANCE
         # The last two: what is promised is rounding, met by the gain of the last step, or by no step at all.
         done_A = (-descent_A / 2 <= tolerance_A) | (gain_A < 0.01 * tolerance_A) | (step_A < 1e-6)
         if done_A.any() or num_evaluations >= MAX_EVALUATIONS:

@@ -356,6 +356,7 @@ class _Task:
         axes = logistic.axes(self.features_UD, rows, normalize, self.device, like=chosen.axes)
         columns_NP, targets_N = axes.apply(self.features_UD, rows), self.targets_U[rows]
         # From the head that was chosen: where C hardly binds there are many as good, and this is the one that did best.
-        start_AKP = chosen.head_KP[None]
-        heads_AKP, converged = logistic.solve(columns_NP, targets_N, axes.spectrum, np.array([C]), start_AKP)
+        heads_AKP, converged = logistic.solve(
+            columns_NP, targets_N, axes.spectrum, np.array([C]), chosen.head_KP[None], logistic.FINAL_TOLERANCE
+        )
         return *axes.fold(heads_AKP[0]), converged

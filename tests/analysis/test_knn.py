@@ -8,6 +8,8 @@ from sklearn.datasets import load_digits
 
 from pipeline.analysis import knn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TRAIN, VALIDATION, TEST = np.arange(0, 900), np.arange(900, 1300), np.arange(1300, 1797)
 
 

@@ -15,6 +15,8 @@ from pipeline.analysis import labels, probe
 from pipeline.dataset.read import Dataset
 from pipeline.errors import ConfigError, DatasetError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def dataset(embedded: str) -> Dataset:

@@ -20,6 +20,8 @@ from pipeline.errors import ConfigError, GuardError
 
 SETTINGS = config.Probe(normalize="zscore")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def hashes(count, prefix="image"):
     return [f"{prefix}{row}" for row in range(count)]
@@ -104,7 +106,8 @@ def test_objective_is_as_low_as_that_of_scikit_learn(digits, normalize, num_clas
         if half:
             coefficients, intercept = np.r_[-coefficients, coefficients] / 2, np.r_[-intercept, intercept] / 2
         reference = objective(standard, labels, coefficients, intercept, C)
-        assert objective(standard, labels, weight, bias, C) <= 1.001 * reference, f"C = {C}"
+        # Without the axes the solver knows less of how far it still is from the optimum.
+        assert objective(standard, labels, weight, bias, C) <= (1.001 if turned else 1.003) * reference, f"C = {C}"
 
 
 def test_chunks_change_nothing(digits, result, monkeypatch):
@@ -113,7 +116,7 @@ def test_chunks_change_nothing(digits, result, monkeypatch):
     monkeypatch.setattr(logistic, "ROWS_BYTES", 1 << 15)
     chunked = probe.fit(features, labels, hashes(len(labels)), SETTINGS)
     assert chunked.metrics["C"] == result.metrics["C"]
-    assert np.allclose(chunked.head.weight, result.head.weight, atol=2e-3)
+    assert np.allclose(chunked.head.weight * features.std(0), result.head.weight * features.std(0), atol=1e-3)
     assert np.allclose(chunked.metrics["test_nll"], result.metrics["test_nll"], rtol=1e-2)
 
 

@@ -17,6 +17,8 @@ import pipeline
 from pipeline.analysis import head
 from pipeline.cli import app
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def run(*words: str | Path) -> Result:
     """The command in this process."""
