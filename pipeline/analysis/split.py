@@ -215,18 +215,13 @@ def _assign_class(sizes: Sequence[int], wanted: dict[int, float]) -> list[int]:
 
 def _parse(names: Sequence[Any], column: str | None) -> NDArray[np.int64]:
     """(N,) the part that each row is given to."""
-    plain = [name if isinstance(name, str) else None if name is None or name != name else str(name) for name in names]
-    wrong: collections.Counter[str] = collections.Counter()
-    part_N = np.full(len(plain), NOWHERE)
-    for row, name in enumerate(plain):
-        if name is None or not name.strip():
-            continue
-        part = NAMES.get(name.strip().lower())
-        if part is None:
-            wrong[name] += 1
-        else:
-            part_N[row] = part
-    if wrong:
+    parts = {name: NOWHERE if _is_missing(name) else NAMES.get(str(name).strip().lower()) for name in set(names)}
+    if None in parts.values():
+        wrong = collections.Counter(str(name) for name in names if parts[name] is None)
         some = ", ".join(f"{name!r} ({count} rows)" for name, count in wrong.most_common(5))
         raise ConfigError(f"probe.split: column {column!r} holds {some}; allowed are {', '.join(NAMES)}.")
-    return part_N
+    return np.fromiter((parts[name] for name in names), np.int64, len(names))
+
+
+def _is_missing(name: Any) -> bool:
+    return name is None or name != name or not str(name).strip()

@@ -143,7 +143,7 @@ def probe_line(probe: dict[str, Any]) -> str:
     """How a probe did, in a line."""
     low, high = probe["interval"]
     between = f"(95 % between {low:.3f} and {high:.3f})"
-    chosen = f"{probe['node']}, {probe['normalize']}, C = {probe['C']:.3g}"
+    chosen = f"{probe['node']}, {probe['normalize']}, C = {probe['C']:.4g}"
     return f"test accuracy {probe['test_accuracy']:.3f} {between}, {chosen}, {probe['num_test']:,} tested"
 
 
@@ -152,7 +152,7 @@ def show_probe(report: dict[str, Any]) -> None:
     table = _table("node", "normalize", "best C", "validation accuracy", "NLL", "")
     for each in report["compared"]:
         is_chosen = all(each[name] == report[name] for name in ("node", "normalize"))
-        numbers = [f"{each['C']:.3g}", f"{each['validation_accuracy']:.4f}", f"{each['validation_nll']:.4f}"]
+        numbers = [f"{each['C']:.4g}", f"{each['validation_accuracy']:.4f}", f"{each['validation_nll']:.4f}"]
         table.add_row(Text(printable(each["node"])), each["normalize"], *numbers, "chosen" if is_chosen else "")
     _print(table)
     parts = ", ".join(f"{report[f'num_{part}']:,} {part}" for part in ("train", "validation", "test"))
@@ -164,7 +164,7 @@ def show_probe(report: dict[str, Any]) -> None:
     }
     parts += "".join(f", {report[name]:,} {what}" for name, what in not_used.items() if report[name])
     neighbours, top5 = report["knn"], report.get("test_top5")
-    worst = [f"{each['class']} {each['accuracy']:.3f} of {each['num_test']:,}" for each in report["worst_classes"]]
+    worst = [f"{each['class']} ({each['accuracy']:.3f} of {each['num_test']:,})" for each in report["worst_classes"]]
     mean = f"{report['mean_per_class_accuracy']:.3f} on average over {report['num_classes']:,} classes"
     show_pairs(
         [

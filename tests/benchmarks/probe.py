@@ -1,6 +1,7 @@
 """The probe against scikit-learn's LogisticRegressionCV, on the same features and split. A command of its own.
 
     python tests/benchmarks/probe.py --work DIR [--data digits fashion-mnist] [--values 45] [--max-iter 1000] [--repeats 5]
+                                     [--threads 1]
 
 Ours is the whole of `pipeline.analysis.probe.fit` as `pipeline probe` calls it: labels, split, normalisation, the sweep over C,
 refit, all scores with their bootstrap, and the nearest neighbours. `zscore` has that one normalisation, `three` chooses between
@@ -11,8 +12,12 @@ all of them. Theirs is StandardScaler, with the mean and deviation of train, and
 
 on train and validation together, which chooses C on validation and refits with it; then one `score` on test. It goes up the
 values of C from solution to solution, as ours does. `--values N`: theirs gets so many of the 45, evenly spread, which only
-saves it time. Both get float32 features and default threads; each run is a fresh process, one side after the other and then
-again. Imports and loading features are in no time. Fits of theirs that stopped at `--max-iter` are counted.
+saves it time. Both get float32 features and `--threads` threads; each run is a fresh process, one side after the other and
+then again, where it is drawn with another seed for the split. Imports and loading features are in no time. Fits of theirs that
+stopped at `--max-iter` are counted.
+
+`seconds` are by the clock, `cpu_s` of all threads together: where others use the machine, look at these, with one thread.
+Ours without the nearest neighbours, which theirs does not have, is what the ratios are of; `with_knn` is the whole.
 
 Data, made once in DIR and read by every process:
 
@@ -34,6 +39,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -61,6 +67,7 @@ NODES = {
 COMPARED = "middle"
 PIXELS = {"digits": 128, "fashion-mnist": 64}
 PARTS = ("train", "validation", "test")
+TIMES = ("seconds", "cpu_s", "knn_s")
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -71,6 +78,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=DATA[:2], choices=DATA)
     parser.add_argument("--values", type=int, default=45, help="of C, for scikit-learn")
     parser.add_argument("--max-iter", type=int, default=1000, help="for scikit-learn")
+    parser.add_argument("--threads", type=int, help="of both sides; all cores when left out")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--dim", type=int, default=1280, help="of the synthetic features")
@@ -89,18 +97,17 @@ def main() -> None:
         if not (path := features_file(arguments.work, name)).exists():
             np.savez(path, **make(name, arguments))
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in (*OURS, THEIRS)}
-        for _ in range(arguments.repeats):
+        for seed in range(arguments.repeats):
             for side, found in runs.items():
-                found.append(child(f"{name}:{side}", arguments))
+                found.append(child(f"{name}:{side}:{seed}", arguments))
                 print(shown(name, side, found[-1]), file=out, flush=True)
         line = compare(name, runs)
         for side in OURS:
-            print(
-                f"{name:<14} {side:<13} {line[side]['ratio']:.1f} times as fast, {line[side]['points']:+.2f} points", file=out
-            )
+            ratios = ", ".join(f"{what} {line[side][what]:.1f}" for what in ("ratio", "cpu_ratio", "ratio_with_knn"))
+            print(f"{name:<14} {side:<13} {ratios}; {line[side]['points']:+.2f} points", file=out, flush=True)
         checks = ["seeds", "shuffled", *(["nodes"] if name in PIXELS else [])]
         for check in checks:
-            line[check] = child(f"{name}:{check}", arguments)
+            line[check] = child(f"{name}:{check}:0", arguments)
             print(f"{name:<14} {check:<13} {json.dumps(line[check])}", file=out, flush=True)
         lines.append(line)
     met = {side: {goal: all(line[side][goal] >= least for line in lines) for goal, least in GOAL.items()} for side in OURS} | {
@@ -114,6 +121,7 @@ def main() -> None:
         "met": met,
         **circumstances(arguments.repeats, warm_up, ("scikit-learn", "scipy")),
         "scikit-learn": {"num_values": arguments.values, "max_iter": arguments.max_iter},
+        "threads": arguments.threads,
         "results": lines,
     }
     save(report, arguments.out, out)
@@ -125,24 +133,36 @@ def child(what: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """What a fresh process found out."""
     options = {"--work": arguments.work, "--values": arguments.values, "--max-iter": arguments.max_iter, "--child": what}
     command = [sys.executable, __file__, *(str(word) for pair in options.items() for word in pair)]
-    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    environment = {**os.environ, **(dict.fromkeys(names, str(arguments.threads)) if arguments.threads else {})}
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return dict(json.loads(answer.stdout.splitlines()[-1]))
 
 
 def compare(name: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Medians of the times, means of the accuracies."""
     line: dict[str, Any] = {"data": name}
     for side, found in runs.items():
-        seconds = [run["seconds"] for run in found]
-        line[side] = {**found[0], "seconds": statistics.median(seconds), "seconds_range": [min(seconds), max(seconds)]}
+        times = {what: [run[what] for run in found] for what in found[0] if what in TIMES}
+        line[side] = {
+            **found[0],
+            **{what: statistics.median(each) for what, each in times.items()},
+            **{f"{what}_range": [min(each), max(each)] for what, each in times.items()},
+            "test_accuracy": statistics.mean(run["test_accuracy"] for run in found),
+            "test_accuracies": [run["test_accuracy"] for run in found],
+            "chosen": [[run.get("normalize", "zscore"), run["C"]] for run in found],
+        }
     for side in OURS:
         line[side]["ratio"] = line[THEIRS]["seconds"] / line[side]["seconds"]
+        line[side]["cpu_ratio"] = line[THEIRS]["cpu_s"] / line[side]["cpu_s"]
+        line[side]["ratio_with_knn"] = line[THEIRS]["seconds"] / (line[side]["seconds"] + line[side]["knn_s"])
         line[side]["points"] = 100 * (line[side]["test_accuracy"] - line[THEIRS]["test_accuracy"])
     return line
 
 
 def shown(name: str, side: str, found: dict[str, Any]) -> str:
     accuracy = f"validation {found['validation_accuracy']:7.2%}, test {found['test_accuracy']:7.2%}"
-    return f"{name:<14} {side:<13} {found['seconds']:8.1f} s, C {found['C']:9.3g}, {accuracy}"
+    return f"{name:<14} {side:<13} {found['seconds']:8.1f} s, {found['cpu_s']:8.1f} s of CPU, C {found['C']:9.3g}, {accuracy}"
 
 
 def features_file(work: Path, name: str) -> Path:
@@ -153,32 +173,38 @@ def features_file(work: Path, name: str) -> Path:
 
 
 def make(name: str, arguments: argparse.Namespace) -> Arrays:
-    """`features` (N, D) float32, `labels` (N,) int64, `hashes` (N,) and `part` (N,), empty for rows that no side gets."""
-    from pipeline import config
-    from pipeline.analysis import split
-
-    groups, given = None, None
+    """`features` (N, D) float32, `labels` (N,) int64, `hashes` (N,), and perhaps `group` and `given` (N,), the parts."""
     if name in PIXELS:
         dataset = embedded(arguments.work, name)
         columns = ["label", "content_hash", *(["part"] if name == "fashion-mnist" else [])]
-        rows = {column: dataset.table([column]).column(column).to_pylist() for column in columns}
-        features_ND, labels_N, hashes = dataset.to_numpy(COMPARED), np.array(rows["label"]), rows["content_hash"]
-        given = rows.get("part")
-    elif name == "photographs":
-        features_ND, labels_N, groups = of_photographs(arguments.photographs, arguments.rows)
-        hashes = [f"part {row}" for row in range(len(labels_N))]
+        rows = {column: np.array(dataset.table([column]).column(column).to_pylist()) for column in columns}
+        found = {"features": dataset.to_numpy(COMPARED), "labels": rows["label"], "hashes": rows["content_hash"]}
+        return found | ({"given": rows["part"]} if "part" in rows else {})
+    if name == "photographs":
+        features_ND, labels_N, group_N = of_photographs(arguments.photographs, arguments.rows)
+        more: Arrays = {"group": group_N}
     else:
         features_ND, labels_N = synthetic(arguments.rows, arguments.dim, hard=name == "hard")
-        hashes = [f"row {row}" for row in range(len(labels_N))]
-    settings = config.Probe(split="part")
-    if given is None:
-        parts = split.draw(hashes, labels_N, settings, groups)
+        more = {}
+    hashes = np.array([f"row {row}" for row in range(len(labels_N))])
+    return {"features": features_ND, "labels": labels_N, "hashes": hashes, **more}
+
+
+def parts_of(data: Arrays, seed: int) -> NDArray[np.str_]:
+    """(N,) the part of each row, empty for rows that no side gets."""
+    from pipeline import config
+    from pipeline.analysis import split
+
+    settings = config.Probe(split="part", seed=seed)
+    hashes, labels_N, groups = data["hashes"].tolist(), data["labels"], data["group"].tolist() if "group" in data else None
+    if "given" in data:
+        parts = split.given(data["given"].tolist(), hashes, labels_N, settings, groups)
     else:
-        parts = split.given(given, hashes, labels_N, settings, groups)
+        parts = split.draw(hashes, labels_N, settings, groups)
     part_N = np.full(len(labels_N), "", "U10")
     for part in PARTS:
         part_N[getattr(parts, part)] = part
-    return {"features": features_ND, "labels": labels_N, "hashes": np.array(hashes), "part": part_N}
+    return part_N
 
 
 def embedded(work: Path, name: str) -> Any:
@@ -218,7 +244,7 @@ def synthetic(num_rows: int, dim: int, *, hard: bool) -> tuple[NDArray[np.float3
     return features_ND.astype(np.float32), targets_N
 
 
-def of_photographs(photographs: Path, num_rows: int) -> tuple[NDArray[np.float32], NDArray[np.int64], list[int]]:
+def of_photographs(photographs: Path, num_rows: int) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
     """Features, classes, and the photograph of each row."""
     from fidelity import Picture, embed, make_ways
 
@@ -227,16 +253,18 @@ def of_photographs(photographs: Path, num_rows: int) -> tuple[NDArray[np.float32
     pictures = [Picture(file, number, PART) for file in files for number in range(each)]
     photograph_N = np.repeat(np.arange(len(files)), each)
     features_ND = embed(pictures, {"exact": make_ways()["exact"]})["exact"]
-    return features_ND.astype(np.float32), photograph_N * NUM_CLASSES // len(files), photograph_N.tolist()
+    return features_ND.astype(np.float32), photograph_N * NUM_CLASSES // len(files), photograph_N
 
 
 # In the child
 
 
 def measured(what: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    name, _, side = what.partition(":")
+    name, side, seed = what.split(":")
     with np.load(features_file(arguments.work, name)) as stored:
         data = dict(stored)
+    if side not in ("seeds", "shuffled"):
+        data["part"] = parts_of(data, int(seed))
     ways: dict[str, Callable[[], dict[str, Any]]] = {
         "zscore": lambda: ours(data, normalize="zscore"),
         "three": lambda: ours(data),
@@ -248,19 +276,40 @@ def measured(what: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return ways[side]()
 
 
+class Clock:
+    """Seconds by the clock and of all threads since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        return time.perf_counter() - self._start[0], time.process_time() - self._start[1]
+
+
 def ours(data: Arrays, **settings: Any) -> dict[str, Any]:
     import torch  # noqa: F401  imported before the clock starts, as scikit-learn is
 
     from pipeline import config
-    from pipeline.analysis import probe
+    from pipeline.analysis import knn, probe
 
+    aside = [0.0, 0.0]
+    score = knn.score
+
+    def score_aside(*arguments: Any) -> dict[str, Any]:
+        clock = Clock()
+        found = score(*arguments)
+        aside[:] = clock.read()
+        return found
+
+    knn.score = score_aside
     labels, hashes, parts = (data[name].tolist() for name in ("labels", "hashes", "part"))
-    start = time.perf_counter()
+    clock = Clock()
     result = probe.fit(data["features"], labels, hashes, config.Probe(split="part", **settings), parts=parts)
-    seconds = time.perf_counter() - start
+    seconds, cpu_s = clock.read()
     names = ("C", "normalize", "validation_accuracy", "test_accuracy", "interval", "test_nll", "test_ece", "knn", "compared")
     counts = {f"num_{part}": result.metrics[f"num_{part}"] for part in PARTS}
-    return {"seconds": seconds, **{name: result.metrics[name] for name in names}, **counts}
+    times = {"seconds": seconds - aside[0], "cpu_s": cpu_s - aside[1], "knn_s": aside[0]}
+    return {**times, **{name: result.metrics[name] for name in names}, **counts}
 
 
 def theirs(data: Arrays, num_values: int, max_iter: int) -> dict[str, Any]:
@@ -275,7 +324,7 @@ def theirs(data: Arrays, num_values: int, max_iter: int) -> dict[str, Any]:
     values = VALUES_OF_C[np.linspace(0, len(VALUES_OF_C) - 1, num_values).round().astype(int)]
     features_ND, labels_N, part_N = data["features"], data["labels"], data["part"]
     both, test = np.flatnonzero(np.isin(part_N, PARTS[:2])), np.flatnonzero(part_N == "test")
-    start = time.perf_counter()
+    clock = Clock()
     scaler = StandardScaler().fit(features_ND[part_N == "train"])
     folds = PredefinedSplit(np.where(part_N[both] == "validation", 0, -1))
     classifier = LogisticRegressionCV(
@@ -283,10 +332,11 @@ def theirs(data: Arrays, num_values: int, max_iter: int) -> dict[str, Any]:
     )
     classifier.fit(scaler.transform(features_ND[both]), labels_N[both])
     accuracy = float(classifier.score(scaler.transform(features_ND[test]), labels_N[test]))
-    seconds = time.perf_counter() - start
+    seconds, cpu_s = clock.read()
     curve = np.ravel(classifier.scores_)
     return {
         "seconds": seconds,
+        "cpu_s": cpu_s,
         "C": float(classifier.C_),
         "validation_accuracy": float(curve.max()),
         "test_accuracy": accuracy,
