@@ -19,12 +19,15 @@ from pipeline.errors import ConfigError, nearest
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 Normalize = Literal["none", "l2"]
+Standardize = Literal["none", "l2", "zscore"]
 Pool = Literal["none", "mean", "cls"]
 FormatName = Literal["webdataset", "parquet", "files"]
 ColumnType = Literal["string", "int64", "float64", "bool"]
 
 RESERVED_COLUMNS = frozenset({"key", "label", "shard", "index", "url", "offset", "nbytes", "content_hash", "width", "height"})
 """Column names of every dataset, not free for nodes and carried columns."""
+ALL_NODES = "all"
+"""In place of the names of nodes."""
 
 MAX_PIXELS = 2**31 - 1
 """Of one image, at most."""
@@ -252,17 +255,48 @@ class Probe(Section):
     """A linear classifier on the frozen embeddings."""
 
     label: str = "label"
-    """Column of the dataset with the class."""
-    node: str | None = None
-    """Embedding column; the first one when left out."""
-    standardize: bool = True
-    """Subtract the train mean and divide by the train deviation, per feature."""
+    """Column with the class: of the dataset, or of `labels`."""
+    labels: str | None = None
+    """URL of a .csv or .parquet file that has the label for each key; reached as the output is. It may hold the columns of
+    `group` and `split` too."""
+    labels_key: str = "key"
+    """Column of `labels` with the key of the sample."""
+    node: str | list[str] | None = None
+    """Embedding column; or several, or `all`, of which the best on validation is taken. The first one when left out."""
+    normalize: Standardize | list[Standardize] = ["none", "l2", "zscore"]
+    """What is done to the features, the best on validation where it is a list: `l2` divides each row by its norm, `zscore`
+    subtracts the train mean and divides by the train deviation of each feature."""
+    group: str | None = None
+    """Column whose equal values stay on one side of the split: a patient, a camera, a photograph."""
+    split: str | None = None
+    """Column with `train`, `validation` (or `val`, `valid`, `dev`) and `test`; drawn by content hash when left out. Where it
+    has no validation part, that is drawn from train."""
     validation: Annotated[float, Field(gt=0, lt=0.5), _NUMBER] = 0.15
-    """Share of the content hashes that C is chosen on."""
+    """Share of the pictures that C, `normalize` and `node` are chosen on."""
     test: Annotated[float, Field(gt=0, lt=0.5), _NUMBER] = 0.15
-    """Share of the content hashes that the final model is scored on, once."""
+    """Share of the pictures that the final model is scored on, once."""
     seed: Annotated[int, Field(ge=0), _NUMBER] = 0
     """Changes the split."""
+
+    @property
+    def normalizations(self) -> list[Standardize]:
+        """`normalize` as a list."""
+        return [self.normalize] if isinstance(self.normalize, str) else self.normalize
+
+    @field_validator("node", "normalize")
+    @classmethod
+    def _some_and_different(cls, names: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(names, list) and (not names or len(set(names)) < len(names)):
+            raise ValueError("name at least one, and none twice")
+        return names
+
+    @field_validator("labels")
+    @classmethod
+    def _plain(cls, labels: str | None) -> str | None:
+        _refuse_credentials(labels or "")
+        if labels is not None and not labels.lower().endswith((".csv", ".parquet")):
+            raise ValueError("give the URL of a .csv or .parquet file")
+        return labels
 
 
 class Config(Section):
@@ -284,11 +318,11 @@ class Config(Section):
         for column in self.backbone.nodes:
             if column.lower() in carried:
                 raise ValueError(f"backbone.nodes.{column}: source.columns carries a column of that name; rename the node's")
-        if self.probe and self.probe.node and self.probe.node not in self.backbone.nodes:
-            raise ValueError(
-                f"probe.node: {self.probe.node!r} is none of backbone.nodes; allowed are {_list(self.backbone.nodes)}"
-            )
-        if self.probe and self.probe.label == "label" and self.source.label is None:
+        wanted = (self.probe and self.probe.node) or []
+        for node in [wanted] if isinstance(wanted, str) else wanted:
+            if node not in self.backbone.nodes and wanted != ALL_NODES:
+                raise ValueError(f"probe.node: {node!r} is none of backbone.nodes; allowed are {_list(self.backbone.nodes)}")
+        if self.probe and not self.probe.labels and self.probe.label == "label" and self.source.label is None:
             raise ValueError("probe.label: the dataset has no label; set source.label, or leave the probe section out")
         return self
 
@@ -331,6 +365,18 @@ def parse(raw: dict[str, Any], name: str = "config") -> Config:
         return Config.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(_explain(name, error.errors())) from None
+
+
+def parse_probe(raw: dict[str, Any], name: str = "config") -> Probe:
+    """Validate the values of a `probe` section alone.
+
+    Raises:
+        ConfigError: as from `parse`.
+    """
+    try:
+        return Probe.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_explain(name, [{**each, "loc": ("probe", *each["loc"])} for each in error.errors()])) from None
 
 
 def dump(config: Config) -> str:
@@ -472,6 +518,8 @@ def _describe(schema: dict[str, Any]) -> str:
         return "a section with keys of its own"
     if "prefixItems" in schema:
         return f"a list of {len(schema['prefixItems'])} finite numbers"
+    if "enum" in schema.get("items", {}):
+        return "a list of them"
     word = {
         "integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false",
         "array": "a list of text", "null": "nothing",

@@ -14,27 +14,26 @@ import json
 import logging
 import platform
 import time
-import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline import config, metrics, plan
+from pipeline import config, metrics, plan, runs
+from pipeline.analysis import labels
 from pipeline.dataset import partition, table
 from pipeline.dataset.partition import Partition, Target
-from pipeline.dataset.read import Dataset, open_dataset
 from pipeline.dataset.table import Table
 from pipeline.errors import (
     BudgetExceeded,
     CommitConflict,
-    DatasetError,
     IncompleteRun,
     PipelineError,
     RemovalRefused,
     StorageError,
 )
 from pipeline.plan import Plan
+from pipeline.runs import RUNS_FOLDER
 from pipeline.source import Source
 from pipeline.storage import Store, join
 
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RUNS_FOLDER = "_runs"
 COMMIT_ATTEMPTS = 10
 """Each lost race against another run costs one; what was extracted is adopted by the next attempt."""
 ALWAYS_ALLOWED = 10
@@ -170,6 +168,8 @@ class Goal:
             layout=layout,
             schema=partition.schema(recipe, carried),
         )
+        if settings.probe is not None:
+            labels.check(target.schema, store, settings.probe)  # rather now than after hours of work
         return cls(source=source, target=target)
 
     def plan(self, *, retry_quarantined: bool = False) -> tuple[Table | None, Plan]:
@@ -221,7 +221,7 @@ def run(
     except BaseException:
         crew.close()
         raise
-    summary = Summary(run_id=_new_run_id(), output=settings.output.url, recipe_id=goal.target.recipe.recipe_id)
+    summary = Summary(run_id=runs.new_id(), output=settings.output.url, recipe_id=goal.target.recipe.recipe_id)
     summary.started_at = started_at
     try:
         with crew:
@@ -249,7 +249,7 @@ class _Crew(contextlib.ExitStack):
 
     def pool(self) -> Pool:
         """The pool, on a Ray that is started when nothing else has."""
-        from pipeline.extract.actors import cluster
+        from pipeline.extract.cluster import cluster
         from pipeline.extract.pool import Pool
 
         if self._pool is None:
@@ -388,43 +388,44 @@ def _too_many_removed(share: float, settings: config.Config) -> RemovalRefused:
 
 def _probe(settings: config.Config, wanted: config.Probe, goal: Goal, summary: Summary) -> dict[str, Any]:
     """Train the probe on the version that stands; a probe that an earlier run trained on it just so is reported again."""
-    for earlier in runs(goal.target.store, goal.target.url):
-        if earlier["version"] == summary.version and earlier["probe"] and earlier["probe"]["settings"] == wanted.model_dump():
+    asked = _asked(wanted, goal.target.store)
+    for earlier in runs.latest(goal.target.store, goal.target.url):
+        if earlier["version"] == summary.version and earlier["probe"] and asked.items() <= earlier["probe"].items():
             return dict(earlier["probe"])
+    return train_probe(settings.output, summary.version, wanted, summary.run_id)
+
+
+def train_probe(output: config.Output, version: int | None, wanted: config.Probe, run_id: str | None = None) -> dict[str, Any]:
+    """Train the probe on a version, and leave metrics and weights in `_runs/<run id>/probe/`.
+
+    Args:
+        output: the dataset.
+        version: the newest when None.
+        wanted: the `probe` section.
+        run_id: of the run that it belongs to; a new one when left out.
+
+    Returns:
+        The metrics but for the large ones, which stay in `metrics.json`, with `path` and `settings`.
+
+    Raises:
+        UserError: dataset, labels or columns are not what they should be.
+    """
     from pipeline.analysis import probe
+    from pipeline.extract import cluster
 
-    dataset = open_dataset(goal.target.url, summary.version, settings.output.storage)
-    result = fit_probe(dataset, wanted)
-    folder = join(RUNS_FOLDER, summary.run_id, "probe")
-    goal.target.store.write(join(goal.target.url, folder, "metrics.json"), probe.metrics_json(result))
-    goal.target.store.write(join(goal.target.url, folder, "probe.safetensors"), probe.weights_safetensors(result))
-    # The large ones, confusion matrix and curve, stay in metrics.json.
-    small = {name: value for name, value in result.metrics.items() if name not in {"confusion", "curve"}}
-    return {**small, "path": folder, "settings": wanted.model_dump()}
-
-
-def fit_probe(dataset: Dataset, settings: config.Probe) -> Any:
-    """Train and score the probe on one version of a dataset."""
-    from pipeline.analysis import probe
-
-    if settings.label not in dataset.schema.names:
-        raise DatasetError(
-            f"probe.label: the dataset has no column {settings.label!r}; it has {', '.join(dataset.schema.names)}"
-        )
-    rows = dataset.table([settings.label, "content_hash"])
-    labels, hashes = rows.column(settings.label).to_pylist(), rows.column("content_hash").to_pylist()
-    return probe.fit(dataset.to_numpy(settings.node), labels, hashes, settings)
+    store = Store(output.storage)
+    wanted, url = _located(wanted, store), store.absolute(output.url)
+    asked = _asked(wanted, store)
+    result = cluster.on_gpu(probe.train, url, version, output.storage, wanted)
+    folder = join(RUNS_FOLDER, run_id or runs.new_id(), runs.PROBE_FOLDER)
+    store.write(join(url, folder, "metrics.json"), result.metrics_json())
+    store.write(join(url, folder, runs.PROBE_FILE), result.head.dump())
+    return {**result.summary(), "path": folder, **asked}
 
 
-def runs(store: Store, url: str) -> list[dict[str, Any]]:
-    """`run.json` of the last runs, newest first."""
-    files = store.list(join(url, RUNS_FOLDER), missing_ok=True)
-    newest = sorted((file.url for file in files if file.url.endswith("/run.json")), reverse=True)[:20]
-    found = []
-    for each in newest:
-        with contextlib.suppress(ValueError):  # half a file of a store that is not atomic
-            found.append(json.loads(store.read(each)))
-    return found
+def _asked(wanted: config.Probe, store: Store) -> dict[str, Any]:
+    """What determines a probe besides the version."""
+    return {"settings": wanted.model_dump(mode="json"), "labels_fingerprint": labels.fingerprint(store, wanted)}
 
 
 def _save(goal: Goal, summary: Summary) -> None:
@@ -455,10 +456,11 @@ def _absolute(settings: config.Config) -> config.Config:
         update={
             "output": settings.output.model_copy(update={"url": output}),
             "source": settings.source.model_copy(update={"url": urls}),
+            "probe": settings.probe and _located(settings.probe, Store(settings.output.storage)),
         }
     )
 
 
-def _new_run_id() -> str:
-    now = datetime.datetime.now(datetime.UTC)
-    return f"{now:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
+def _located(wanted: config.Probe, store: Store) -> config.Probe:
+    """The file with the labels named in full."""
+    return wanted.model_copy(update={"labels": wanted.labels and store.absolute(wanted.labels)})

@@ -68,6 +68,12 @@ class Layout:
         object.__setattr__(self, "layout_id", digest(canonical(self.fields))[:16])
 
 
+def of_column(fields: Mapping[str, Any], column: str) -> dict[str, Any]:
+    """The part of a recipe that one embedding column depends on, whatever it is called and wherever the weights lie."""
+    others = {name: value for name, value in fields.items() if name not in {"nodes", "weights"}}
+    return {**others, "node": fields["nodes"][column]}
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
     """The fields in which two recipes or layouts differ, one `field: old -> new` each."""
     found = []

@@ -112,6 +112,25 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """PyTorch with one thread: on small problems several mostly wait for each other, and turn while they do."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> str:
+    """A dataset of 260 digits with labels, groups and parts; see `digits.embed`."""
+    import digits
+
+    return digits.embed(tmp_path_factory.mktemp("embedded"))
+
+
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server on this machine."""

@@ -137,3 +137,8 @@ class _Kills(Breaks):
 
 def kills() -> nn.Module:
     return _Kills()
+
+
+def two_layers() -> nn.Module:
+    """Two convolutions for small pictures, with a node after each: `features.0` of 32 values, `features.2` of 64."""
+    return Pooled(nn.Sequential(nn.Conv2d(3, 32, 5, stride=4), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU()))

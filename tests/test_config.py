@@ -79,7 +79,12 @@ MISTAKES = [
         8,
         "run.zzz: unknown key; allowed are batch_size, decode_timeout_s, max_attempts, max_failed, max_failed_samples, ",
     ),
-    ("probe/C", 1.0, "probe.C: unknown key; allowed are label, node, seed, standardize, test, validation"),
+    (
+        "probe/C",
+        1.0,
+        "probe.C: unknown key; allowed are group, label, labels, labels_key, node, normalize, seed, split, test, ",
+    ),
+    ("probe/standardize", True, "probe.standardize: unknown key; did you mean normalize"),
     ("source/storage/endpoint", "x", "source.storage.endpoint: unknown key; did you mean endpoint_url"),
     ("backbone/nodes/embedding/pooling", "mean", "backbone.nodes.embedding.pooling: unknown key; did you mean pool?"),
     ("backbone/preprocess/size", 9, "backbone.preprocess.size: unknown key; did you mean resize?"),
@@ -159,6 +164,14 @@ MISTAKES = [
     ("probe/test", 0.5, "probe.test: 0.5 is wrong; allowed: a number above 0 and below 0.5"),
     ("probe/seed", -1, "probe.seed: -1 is wrong; allowed: a whole number from 0"),
     ("probe/node", "embeding", "probe.node: 'embeding' is none of backbone.nodes; allowed are embedding"),
+    ("probe/node", ["embedding", "all"], "probe.node: 'all' is none of backbone.nodes; allowed are embedding"),
+    ("probe/node", [], "probe.node: []: name at least one, and none twice"),
+    ("probe/node", 5, "probe.node: 5 is wrong; allowed: text, or a list of text, or nothing"),
+    ("probe/normalize", "l1", "probe.normalize: 'l1' is wrong; allowed: none, l2, zscore, or a list of them"),
+    ("probe/normalize", ["l2", "l1"], "probe.normalize: 'l1' is wrong; allowed: none, l2, zscore, or a list of them"),
+    ("probe/normalize", ["l2", "l2"], "probe.normalize: ['l2', 'l2']: name at least one, and none twice"),
+    ("probe/labels", "labels.txt", "probe.labels: 'labels.txt': give the URL of a .csv or .parquet file"),
+    ("probe/labels", "s3://me:secret@bucket/labels.csv", f"probe.labels: 's3://***@bucket/labels.csv': {NO_CREDENTIALS}"),
     ("source", {"url": "x", "label": None}, None),
 ]
 
@@ -437,10 +450,18 @@ def test_defaults_are_the_documented_ones():
         ("backbone/weights", "https://host:8443/a@b.safetensors"),
         ("backbone/preprocess", {"resize": 224, "crop": 224, "interpolation": "bicubic"}),
         ("probe", {"node": "embedding", "label": "other"}),
+        ("probe", {"node": "all", "normalize": "l2", "group": "patient", "split": "part"}),
+        ("probe", {"node": ["embedding"], "normalize": ["l2", "none"], "labels": "s3://bucket/LABELS.CSV", "labels_key": "id"}),
     ],
 )
 def test_edges_are_accepted(path, value):
     config.parse(changed(path, value))
+
+
+def test_labels_of_a_file_need_none_of_the_source():
+    raw = changed("source/label", None)
+    raw["probe"] = {"labels": "labels.csv"}
+    assert config.parse(raw).probe.labels == "labels.csv"
 
 
 def test_json_of_a_tar_frees_its_name_when_not_carried():
@@ -468,7 +489,7 @@ FULL = {
     "decode": "fast",
     "output": {"url": "out", "storage": {"profile": "me"}},
     "run": {"workers": 2, "precision": "float16", "batch_size": 8, "threads": 3, "num_gpus": 0.5, "max_failed": 0.25},
-    "probe": {"label": "label", "node": "two", "seed": 3},
+    "probe": {"label": "label", "node": ["two", "one"], "normalize": ["zscore"], "seed": 3, "labels": "labels.csv"},
 }  # fmt: skip
 
 

@@ -1,44 +1,43 @@
 """A linear classifier trained on frozen embeddings: features (N, D) float32 and one label a row in, scores and weights out.
 
-Rows are split by content hash, so that copies of one picture never sit on both sides. 45 values of C are compared on the
-validation part, the best one is refitted on train and validation, and the test part is scored once. It reads no dataset and
-writes no file: `metrics_json` and `weights_safetensors` give bytes that the caller publishes.
+Nodes, normalisations and 45 values of C are compared on the validation part, the best one is refitted on train and validation,
+and the test part is scored once. It writes no file: `ProbeResult` gives bytes that the caller publishes.
 
-The solver is `logistic.py`, the scores are `scores.py`.
+`labels.py` finds the labels, `split.py` the parts, `logistic.py` is the solver; `scores.py` and `knn.py` judge what comes out;
+`head.py` is what is saved. Memory: the features of one node in the rows that are used, on the host, and what the solver takes.
 
-Legend: N rows, D features, K classes, H distinct hashes.
+Legend: N rows, U of them used, D features, K classes.
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import config
-from pipeline.analysis import logistic, scores
-from pipeline.errors import ConfigError, GuardError
+from pipeline import config, recipe
+from pipeline.analysis import knn, logistic, scores
+from pipeline.analysis.head import Head, Label
+from pipeline.analysis.labels import encode, read
+from pipeline.analysis.split import Split, draw, given
+from pipeline.dataset.read import Dataset, open_dataset
+from pipeline.errors import ConfigError, DatasetError, GuardError
 
 if TYPE_CHECKING:  # torch takes seconds to load, and reading or applying weights does without it
-    pass
+    import torch
 
-Label = str | int | float
-"""What a class may be; `bool` is an `int`."""
+Features = Callable[[NDArray[np.int64]], NDArray[np.float32]]
+"""Ascending rows to their features (rows, D) float32."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """Row indices of the three parts, int64, ascending, disjoint and together all rows."""
-
-    train: NDArray[np.int64]
-    validation: NDArray[np.int64]
-    test: NDArray[np.int64]
+LARGE = frozenset({"confusion", "curve", "per_class"})
+"""Metrics that grow with the number of classes, or are only for drawing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,201 +46,317 @@ class ProbeResult:
 
     metrics: dict[str, Any]
     """Native values only, ready for JSON. `test_top5` is there with more than 5 classes only; `interval` is [low, high]."""
-    classes: list[Label]
-    """Class of each row of `weight`, sorted."""
-    weight: NDArray[np.float32]
-    """(K, D), for features as they are: standardising is folded in."""
-    bias: NDArray[np.float32]
-    """(K,)."""
+    head: Head
+
+    def metrics_json(self) -> bytes:
+        """The metrics and the class names as UTF-8 JSON."""
+        content = {**self.metrics, "classes": self.head.classes}
+        return json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False).encode()
+
+    def summary(self) -> dict[str, Any]:
+        """The metrics but for those in `LARGE`."""
+        return {name: value for name, value in self.metrics.items() if name not in LARGE}
 
 
-def split(content_hashes: Sequence[str], labels: NDArray[np.int64], settings: config.Probe) -> Split:
-    """Split rows into train, validation and test, by content hash and stratified by class.
+def train(url: str, version: int | None, storage: config.Storage, settings: config.Probe) -> ProbeResult:
+    """Train and score a probe on one version of a dataset, on this process's GPU if it has one.
 
-    The unit is the distinct hash; its class is the lowest label of its rows. Within a class the hashes are ordered by
-    SHA-256 of seed and hash; the first go to test, the next to validation. Depends on neither the order nor the number of
-    copies. A share of a class is rounded to whole hashes, halves down: a class with a single hash goes to train.
-
-    Args:
-        content_hashes: N of them.
-        labels: (N,) int64, not negative.
-        settings: `validation`, `test` and `seed` are used.
-    """
-    codes: dict[str, int] = {}
-    code_N = np.fromiter((codes.setdefault(name, len(codes)) for name in content_hashes), np.int64, len(content_hashes))
-    class_H = np.full(len(codes), np.iinfo(np.int64).max)
-    np.minimum.at(class_H, code_N, labels)  # the lowest, not the first: copies may disagree, and row order must not matter
-    digests = b"".join(hashlib.sha256(f"{settings.seed}:{name}".encode()).digest() for name in codes)
-    digest_H4 = np.frombuffer(digests, dtype=">u8").reshape(-1, 4)
-    order_H = np.lexsort((*digest_H4.T[::-1], class_H))
-
-    _, start, size = np.unique(class_H[order_H], return_index=True, return_counts=True)
-    num_test = np.ceil(settings.test * size - 0.5)
-    num_held = np.minimum(num_test + np.ceil(settings.validation * size - 0.5), size - 1)  # a class is never without train
-    rank_H = np.arange(len(order_H)) - np.repeat(start, size)
-    part_H = np.empty(len(order_H), "U10")
-    part_H[order_H] = np.select(
-        [rank_H < np.repeat(num_test, size), rank_H < np.repeat(num_held, size)], ["test", "validation"], "train"
-    )
-    part_N = part_H[code_N]
-    return Split(**{part: np.flatnonzero(part_N == part) for part in ("train", "validation", "test")})
-
-
-def fit(
-    features_ND: NDArray[np.float32],
-    labels: Sequence[Label | None] | NDArray[Any],
-    content_hashes: Sequence[str],
-    settings: config.Probe,
-) -> ProbeResult:
-    """Choose C on the validation part, refit on train and validation, score once on test.
+    It opens the dataset itself, so that it can be sent to where a GPU is: no feature travels.
 
     Args:
-        features_ND: (N, D) float32, any scale; finite in the labelled rows.
-        labels: N of them; None and NaN are unlabelled rows, which are left out and counted.
-        content_hashes: N of them; equal for copies.
+        url: of the dataset.
+        version: the newest when None.
+        storage: how to reach the dataset, and the file with the labels.
         settings: the `probe` section of the config.
 
     Raises:
-        ConfigError: the labels are not scalars, or are too few for two classes and three parts.
+        DatasetError: no such dataset, version, node or column.
+        ConfigError: labels, groups or split are not what they should be.
         GuardError: a labelled row holds a value that is not finite.
     """
+    import torch
+
+    dataset = open_dataset(url, version, storage)
+    nodes = _nodes(dataset, settings)
+    rows = read(dataset, settings)
+    result = fit(
+        {node: partial(_features, dataset, node, rows.index) for node in nodes},
+        rows.labels,
+        rows.content_hashes,
+        settings,
+        groups=rows.groups,
+        parts=rows.given,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    metrics = result.metrics | {
+        "version": dataset.version,
+        "num_unlabelled": result.metrics["num_unlabelled"] + rows.num_unlabelled,
+        "num_unmatched_keys": rows.num_unmatched_keys,
+        "warnings": rows.warnings + result.metrics["warnings"],
+    }
+    made_by = recipe.of_column(dataset.recipe, result.head.node)
+    return ProbeResult(metrics=metrics, head=dataclasses.replace(result.head, recipe=made_by))
+
+
+def fit(
+    features: NDArray[np.float32] | Mapping[str, Features],
+    labels: Sequence[Label | None] | NDArray[Any],
+    content_hashes: Sequence[str],
+    settings: config.Probe,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    parts: Sequence[Any] | None = None,
+    device: str = "cpu",
+) -> ProbeResult:
+    """Choose node, normalisation and C on the validation part, refit on train and validation, score once on test.
+
+    The best has the highest validation accuracy; where several share it, the lowest validation loss, then the smallest C, then
+    it is named first.
+
+    Args:
+        features: (N, D) float32, any scale, finite in the rows that are used; or several nodes to choose from, each with the
+            function that loads its features, of which one at a time is held.
+        labels: N of them; None and NaN are unlabelled rows, which are left out and counted.
+        content_hashes: N of them; equal for copies.
+        settings: the `probe` section of the config; `node` is not looked at.
+        groups: N of them, None for rows without one; rows of a group are on one side.
+        parts: N names of parts as a split column holds them; drawn by hash when left out.
+        device: torch device of the solver.
+
+    Raises:
+        ConfigError: the labels are not scalars, or are too few for two classes and three parts; or parts that do not work.
+        GuardError: a row that is used holds a value that is not finite.
+    """
     started = time.perf_counter()
-    assert len(features_ND) == len(labels) == len(content_hashes)
-    assert features_ND.dtype == np.float32
-    classes, targets_N = _encode(labels, settings)
+    loaders = features if isinstance(features, Mapping) else {"": partial(_rows_of, features)}
+    classes, targets_N = encode(labels, settings.label)
     labelled = np.flatnonzero(targets_N >= 0)
-    if not len(labelled):
-        raise ConfigError(f"probe.label: column {settings.label!r} has no label in any of {len(labels)} rows.")
-    if len(classes) < 2:
-        raise ConfigError(f"probe.label: column {settings.label!r} has the one class {classes[0]!r}; at least 2 are needed.")
-    _check_finite(features_ND, labelled)
-    parts = split([content_hashes[row] for row in labelled.tolist()], targets_N[labelled], settings)
-    train, validation, test = labelled[parts.train], labelled[parts.validation], labelled[parts.test]
-    if not len(validation) or not len(test):
-        raise ConfigError(
-            f"probe.label: column {settings.label!r} has {len(labelled)} labelled rows in {len(classes)} classes, too few"
-            f" distinct images in each for probe.validation: {settings.validation} and probe.test: {settings.test}."
-        )
+    split = _split(targets_N, labelled, content_hashes, groups, parts, settings)
+    used = np.sort(np.concatenate([split.train, split.validation, split.test]))
+    rows, targets_U, unit_U = labelled[used], targets_N[labelled[used]], split.unit[used]
+    train, validation, test = (np.searchsorted(used, part) for part in (split.train, split.validation, split.test))
+    warnings = [*split.warnings, *_check_classes(targets_U, train, test, classes, settings)]
 
-    curve = _sweep(features_ND, targets_N, train, validation, len(classes), settings.standardize)
-    best = min(curve, key=lambda point: (-point["validation_accuracy"], point["validation_nll"], point["C"]))["C"]
-    warnings = []
-    if best in (logistic.VALUES_OF_C[0], logistic.VALUES_OF_C[-1]):
-        warnings.append(f"The best C is {best:g}, at the edge of the grid: a better one may lie outside.")
-
-    both = np.sort(np.concatenate([train, validation]))
-    weight_KD, bias_K, converged = _refit(features_ND, targets_N, both, len(classes), settings.standardize, best)
+    curve, chosen, task = _compared(loaders, settings, rows, targets_U, train, validation, len(classes), device)
+    best = chosen.point
+    if best["C"] in (logistic.VALUES_OF_C[0], logistic.VALUES_OF_C[-1]):
+        warnings.append(f"The best C is {best['C']:g}, at the edge of the grid: a better one may lie outside.")
+    weight_KD, bias_K, converged = task.refit(chosen, np.sort(np.concatenate([train, validation])))
     if not converged:
         warnings.append(f"The final fit was stopped after {logistic.MAX_EVALUATIONS} evaluations, before it had converged.")
-    scored = scores.score(features_ND, targets_N, test, content_hashes, weight_KD, bias_K, settings.seed)
-    unseen = len(classes) - len(np.unique(targets_N[test]))
-    if unseen:
-        warnings.append(f"{unseen} of {len(classes)} classes have no test row, and no part in the scores.")
+    head = Head(
+        weight=weight_KD,
+        bias=bias_K,
+        classes=classes,
+        normalize="l2" if best["normalize"] == "l2" else "none",
+        node=best["node"],
+        label=settings.label,
+    )
+    scored = scores.score(task.features_UD, targets_U, test, unit_U, head, settings.seed)
+    neighbours = knn.score(task.features_UD, targets_U, train, validation, test, len(classes), device)
+    if neighbours["test_accuracy"] > scored["interval"][1]:
+        warnings.append(
+            f"The nearest neighbours do better ({neighbours['test_accuracy']:.3f}) than the probe"
+            f" ({scored['test_accuracy']:.3f}): what tells the classes apart may not be linear."
+        )
     metrics = {
         **scored,
-        "C": best,
+        **best,
+        "knn": neighbours,
+        "compared": [
+            min((point for point in curve if (point["node"], point["normalize"]) == pair), key=_rank)
+            for pair in dict.fromkeys((point["node"], point["normalize"]) for point in curve)
+        ],
         "num_train": len(train),
         "num_validation": len(validation),
         "num_test": len(test),
         "num_classes": len(classes),
-        "num_unlabelled": len(labels) - len(labelled),
-        "dim": features_ND.shape[1],
+        "num_unlabelled": len(targets_N) - len(labelled),
+        "num_without_split": split.num_without_split,
+        "num_copies_left_out": split.num_copies_left_out,
+        "dim": task.features_UD.shape[1],
+        "device": device,
         "curve": curve,
         "warnings": warnings,
         "seconds": time.perf_counter() - started,
     }
-    return ProbeResult(metrics=metrics, classes=classes, weight=weight_KD, bias=bias_K)
+    return ProbeResult(metrics=metrics, head=head)
 
 
-def predict(
-    features_ND: NDArray[np.float32], weight_KD: NDArray[np.float32], bias_K: NDArray[np.float32]
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Class index (N,) int64 and probabilities (N, K) float32 of features (N, D) as they are."""
-    probabilities_NK = np.exp(scores.log_probabilities(features_ND, weight_KD, bias_K))
-    return probabilities_NK.argmax(1), probabilities_NK.astype(np.float32)
+def _nodes(dataset: Dataset, settings: config.Probe) -> list[str]:
+    """The embedding columns to compare."""
+    if settings.node == config.ALL_NODES:
+        return list(dataset.nodes)
+    wanted = settings.node or next(iter(dataset.nodes))
+    names = [wanted] if isinstance(wanted, str) else wanted
+    for name in names:
+        if name not in dataset.nodes:
+            have = ", ".join(dataset.nodes)
+            raise DatasetError(f"probe.node: the dataset has no embedding column {name!r}; it has {have}, or say all")
+    return names
 
 
-def metrics_json(result: ProbeResult) -> bytes:
-    """The metrics and the class names as UTF-8 JSON."""
-    return json.dumps({**result.metrics, "classes": result.classes}, ensure_ascii=False, indent=1, allow_nan=False).encode()
+def _features(dataset: Dataset, node: str, index: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    return dataset.to_numpy(node, index[rows])
 
 
-def weights_safetensors(result: ProbeResult) -> bytes:
-    """A safetensors file with `weight` (K, D) and `bias` (K,), float32; its metadata field `classes` is a JSON list."""
-    from safetensors.numpy import save
-
-    classes = json.dumps(result.classes, ensure_ascii=False)
-    return save({"weight": result.weight, "bias": result.bias}, metadata={"classes": classes})
+def _rows_of(features_ND: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """No copy where all are asked for."""
+    return features_ND if len(rows) == len(features_ND) else features_ND[rows]
 
 
-def load_weights(payload: bytes) -> tuple[NDArray[np.float32], NDArray[np.float32], list[Label]]:
-    """`weight` (K, D), `bias` (K,) and the classes out of what `weights_safetensors` gave."""
-    from safetensors.numpy import load
-
-    tensors = load(payload)
-    header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])  # `load` drops the metadata
-    return tensors["weight"], tensors["bias"], json.loads(header["__metadata__"]["classes"])
-
-
-def _encode(labels: Sequence[Label | None] | NDArray[Any], settings: config.Probe) -> tuple[list[Label], NDArray[np.int64]]:
-    """The sorted classes, and for each row its class index (N,) int64, -1 where there is no label."""
-    plain = [label.item() if isinstance(label, np.generic) else label for label in labels]
-    plain = [None if label != label else label for label in plain]  # NaN: how NumPy and pandas write a missing label
-    for kind in {type(label) for label in plain} - {type(None)}:
-        if not issubclass(kind, (str, int, float)):
-            raise ConfigError(f"probe.label: column {settings.label!r} holds {kind.__name__}; a class is a text or a number.")
-    classes = sorted({label for label in plain if label is not None}, key=lambda label: (isinstance(label, str), label))
-    index = {label: row for row, label in enumerate(classes)}
-    return classes, np.fromiter((-1 if label is None else index[label] for label in plain), np.int64, len(plain))
-
-
-def _check_finite(features_ND: NDArray[np.float32], rows: NDArray[np.int64]) -> None:
-    bad = [chunk[~np.isfinite(features_ND[chunk]).all(1)] for _, chunk in logistic.chunks(rows, 4 * features_ND.shape[1])]
-    if num_bad := sum(map(len, bad)):
-        raise GuardError(f"{num_bad} embeddings hold values that are not finite, the first in row {np.concatenate(bad)[0]}.")
-
-
-def _sweep(
-    features_ND: NDArray[np.float32],
+def _split(
     targets_N: NDArray[np.int64],
+    labelled: NDArray[np.int64],
+    content_hashes: Sequence[str],
+    groups: Sequence[Hashable] | None,
+    parts: Sequence[Any] | None,
+    settings: config.Probe,
+) -> Split:
+    """The parts as positions in `labelled`."""
+    assert len(targets_N) == len(content_hashes)
+    hashes, targets = [content_hashes[row] for row in labelled.tolist()], targets_N[labelled]
+    groups = None if groups is None else [groups[row] for row in labelled.tolist()]
+    if parts is None:
+        split = draw(hashes, targets, settings, groups)
+    else:
+        split = given([parts[row] for row in labelled.tolist()], hashes, targets, settings, groups)
+    if not len(split.validation) or not len(split.test):
+        num_classes = len(np.unique(targets))
+        what = "distinct images" if groups is None else "distinct images or groups"
+        raise ConfigError(
+            f"probe.label: column {settings.label!r} has {len(labelled)} labelled rows in {num_classes} classes, too few"
+            f" {what} in each for probe.validation: {settings.validation} and probe.test: {settings.test}."
+        )
+    return split
+
+
+def _check_classes(
+    targets_U: NDArray[np.int64],
+    train: NDArray[np.int64],
+    test: NDArray[np.int64],
+    classes: list[Label],
+    settings: config.Probe,
+) -> list[str]:
+    """Warnings of classes that the parts are without."""
+    trained, tested = np.unique(targets_U[train]), np.unique(targets_U[test])
+    if len(trained) < 2:
+        raise ConfigError(f"probe.split: column {settings.split!r}: train has only the class {classes[trained[0]]!r}.")
+    warnings = []
+    if unseen := len(classes) - len(tested):
+        warnings.append(f"{unseen} of {len(classes)} classes have no test row, and no part in the scores.")
+    if untrained := len(np.setdiff1d(tested, trained)):
+        warnings.append(f"{untrained} of {len(classes)} classes have test rows and no train row: these are all wrong.")
+    return warnings
+
+
+def _loaded(load: Features, rows: NDArray[np.int64], node: str) -> NDArray[np.float32]:
+    """Features of these rows, all finite."""
+    features_UD = load(rows)
+    assert features_UD.dtype == np.float32 and len(features_UD) == len(rows)
+    bad = []
+    for _, chunk in logistic.chunks(np.arange(len(rows)), 4 * features_UD.shape[1]):
+        bad.append(chunk[~np.isfinite(features_UD[chunk]).all(1)])
+    if num_bad := sum(map(len, bad)):
+        first = rows[np.concatenate(bad)[0]]
+        column = f"column {node!r}: " if node else ""
+        raise GuardError(f"{column}{num_bad} embeddings hold values that are not finite, the first in row {first}.")
+    return features_UD
+
+
+def _compared(
+    loaders: Mapping[str, Features],
+    settings: config.Probe,
+    rows: NDArray[np.int64],
+    targets_U: NDArray[np.int64],
     train: NDArray[np.int64],
     validation: NDArray[np.int64],
     num_classes: int,
-    standardize: bool,
-) -> list[dict[str, float]]:
-    """Fit every C on train; accuracy and mean NLL (nats) of each on validation."""
-    import torch
+    device: str,
+) -> tuple[list[dict[str, Any]], _Chosen, _Task]:
+    """Every point of the comparison, the best of them, and its node's features, which are loaded again if they have to be."""
+    curve: list[dict[str, Any]] = []
+    chosen: _Chosen | None = None
+    node, task = "", None
+    for node, load in loaders.items():
+        task = None  # the features of the node before, before those of this one are loaded
+        task = _Task(_loaded(load, rows, node), targets_U, num_classes, device)
+        for normalize in settings.normalizations:
+            points, found = task.sweep({"node": node, "normalize": normalize}, train, validation)
+            curve += points
+            if chosen is None or _rank(found.point) < _rank(chosen.point):
+                chosen = found
+    assert chosen is not None and task is not None, "there is a node and a normalisation"
+    if chosen.point["node"] != node:
+        task = None
+        node = chosen.point["node"]
+        task = _Task(_loaded(loaders[node], rows, node), targets_U, num_classes, device)
+    return curve, chosen, task
 
-    axes = logistic.axes(features_ND, train, standardize)
-    columns_NP, columns_VP = axes.apply(features_ND, train), axes.apply(features_ND, validation)
-    targets_V = torch.from_numpy(targets_N[validation])
-    curve = []
-    for values, heads_AKP, _ in logistic.path(
-        columns_NP, targets_N[train], axes.spectrum, num_classes, logistic.VALUES_OF_C, logistic.WAVE
-    ):
-        hits_A = nll_A = torch.zeros(len(values), dtype=torch.float64)
-        for rows, logits_AKV in logistic.logits(columns_VP, heads_AKP):
-            hits_A = hits_A + (logits_AKV.argmax(1) == targets_V[rows]).sum(1)
-            nll_A = nll_A + logistic.losses(logits_AKV.log_softmax(1), targets_V[rows])
-        accuracy_A, nll_A = hits_A / len(validation), nll_A / len(validation)
-        for C, accuracy, nll in zip(values.tolist(), accuracy_A.tolist(), nll_A.tolist(), strict=True):
-            curve.append({"C": C, "validation_accuracy": accuracy, "validation_nll": nll})
-    return curve
+
+def _rank(point: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Lower is better."""
+    return -point["validation_accuracy"], point["validation_nll"], point["C"]
 
 
-def _refit(
-    features_ND: NDArray[np.float32],
-    targets_N: NDArray[np.int64],
-    rows: NDArray[np.int64],
-    num_classes: int,
-    standardize: bool,
-    C: float,
-) -> tuple[NDArray[np.float32], NDArray[np.float32], bool]:
-    """Folded weight (K, D) and bias (K,) at one C, and whether the solver converged."""
-    axes = logistic.axes(features_ND, rows, standardize)
-    # Along the same path as in the sweep, one head a wave: quicker than from zero, and the same head where C hardly binds.
-    waypoints = logistic.VALUES_OF_C[logistic.WAVE - 1 :: logistic.WAVE]
-    values = np.append(waypoints[waypoints < C], C)
-    columns_NP = axes.apply(features_ND, rows)
-    *_, (_, heads_AKP, converged) = logistic.path(columns_NP, targets_N[rows], axes.spectrum, num_classes, values, 1)
-    return *axes.fold(heads_AKP[-1]), converged
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """A point of the comparison and what made it."""
+
+    point: dict[str, Any]
+    axes: logistic.Axes
+    head_KP: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Telling classes apart by one node's features."""
+
+    features_UD: NDArray[np.float32]
+    targets_U: NDArray[np.int64]
+    num_classes: int
+    device: str
+
+    def sweep(
+        self, way: dict[str, Any], train: NDArray[np.int64], validation: NDArray[np.int64]
+    ) -> tuple[list[dict[str, Any]], _Chosen]:
+        """Fit every C on train; accuracy and mean NLL (nats) of each on validation, and the best of them.
+
+        Args:
+            way: `node` and `normalize`; they become part of each point.
+            train: rows.
+            validation: rows.
+        """
+        import torch
+
+        axes = logistic.axes(self.features_UD, train, way["normalize"], self.device)
+        columns_NP, columns_VP = axes.apply(self.features_UD, train), axes.apply(self.features_UD, validation)
+        targets_V = torch.from_numpy(self.targets_U[validation]).to(self.device)
+        best: _Chosen | None = None
+        curve = []
+        for values, heads_AKP in logistic.path(
+            columns_NP, self.targets_U[train], axes.spectrum, self.num_classes, logistic.VALUES_OF_C
+        ):
+            hits_A, nll_A = torch.zeros(2, len(values), dtype=torch.float64)
+            for rows, logits_AKV in logistic.logits(columns_VP, heads_AKP):
+                hits_A += (logits_AKV.argmax(1) == targets_V[rows]).sum(1).cpu()
+                nll_A += logistic.losses(logits_AKV.log_softmax(1), targets_V[rows]).cpu()
+            accuracy_A, nll_A = hits_A / len(validation), nll_A / len(validation)
+            for C, accuracy, nll, head_KP in zip(values.tolist(), accuracy_A.tolist(), nll_A.tolist(), heads_AKP, strict=True):
+                point = {**way, "C": C, "validation_accuracy": accuracy, "validation_nll": nll}
+                curve.append(point)
+                if best is None or _rank(point) < _rank(best.point):
+                    best = _Chosen(point, axes, head_KP)
+        assert best is not None, "the grid has values"
+        return curve, best
+
+    def refit(self, chosen: _Chosen, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32], bool]:
+        """Folded weight (K, D) and bias (K,) at the C that was chosen, and whether the solver converged."""
+        C, normalize = chosen.point["C"], chosen.point["normalize"]
+        axes = logistic.axes(self.features_UD, rows, normalize, self.device, like=chosen.axes)
+        columns_NP, targets_N = axes.apply(self.features_UD, rows), self.targets_U[rows]
+        # From the head that was chosen: where C hardly binds there are many as good, and this is the one that did best.
+        heads_AKP, converged = logistic.solve(
+            columns_NP, targets_N, axes.spectrum, np.array([C]), chosen.head_KP[None], logistic.FINAL_TOLERANCE
+        )
+        return *axes.fold(heads_AKP[0]), converged

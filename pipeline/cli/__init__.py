@@ -14,13 +14,15 @@ from collections.abc import Callable
 
 import typer
 
-from pipeline.cli import dataset, embed, export, run, search, setup, verify
+from pipeline.cli import dataset, embed, export, probe, run, search, setup, verify
 from pipeline.cli.common import PlainFormatter
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     run.run,
     run.plan,
     dataset.status,
+    probe.probe,
+    probe.predict,
     dataset.diff,
     verify.verify,
     export.export,

@@ -23,14 +23,14 @@ def status(url: OutputUrl, endpoint_url: EndpointUrl = None, as_json: AsJson = F
     with reporting(as_json) as report:
         import collections
 
-        from pipeline import driver
+        from pipeline import runs
         from pipeline.dataset.read import Dataset
         from pipeline.dataset.table import Table
         from pipeline.storage import Store
 
         store = Store(config.Storage(endpoint_url=endpoint_url))
         table = Table.open(store, url)
-        last_runs = driver.runs(store, url)
+        last_runs = runs.latest(store, url)
         waiting = _num_waiting(store, url) if table is None else 0
         if table is None and not last_runs and waiting is None:
             raise ConfigError(f"{url}: there is no dataset here; `pipeline run` makes one")

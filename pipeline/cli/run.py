@@ -52,14 +52,14 @@ def plan(path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False)
     """
     with reporting(as_json) as report:
         settings = config.load(path, overrides or [])
-        from pipeline import driver
+        from pipeline import driver, runs
         from pipeline.report import terminal
         from pipeline.storage import Store
 
         table, todo = driver.make_plan(settings)
         # What the last run that read anything tells of this source: bytes of an image, and bytes in a second.
-        runs = driver.runs(Store(settings.output.storage), settings.output.url)
-        last = next((each for each in runs if each.get("bytes_per_second") and each.get("bytes_per_image")), None)
+        last_runs = runs.latest(Store(settings.output.storage), settings.output.url)
+        last = next((each for each in last_runs if each.get("bytes_per_second") and each.get("bytes_per_image")), None)
         images = round(todo.num_bytes / last["bytes_per_image"]) if last else None
         seconds = round(todo.num_bytes / last["bytes_per_second"], 1) if last else None
         report |= {

@@ -136,15 +136,26 @@ class Dataset:
         """The key of every row."""
         return [str(key) for key in self.table(["key"]).column("key").to_pylist()]
 
-    def to_numpy(self, node: str | None = None) -> NDArray[np.float32]:
-        """One embedding column as a contiguous (N, D) float32 array, in the order of `table()`."""
+    def to_numpy(self, node: str | None = None, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """One embedding column as a contiguous (N, D) float32 array, in the order of `table()`.
+
+        Args:
+            node: name of the column; the first one when left out.
+            rows: positions of the rows wanted, ascending; all when left out.
+        """
         name = self.node(node)
-        embeddings_ND = np.empty((len(self), self.nodes[name]), np.float32)
+        embeddings_ND = np.empty((len(self) if rows is None else len(rows), self.nodes[name]), np.float32)
 
         def copy(group: RowGroup) -> None:
-            group.embeddings(name, embeddings_ND[group.start : group.start + group.num_rows])
+            end = group.start + group.num_rows
+            if rows is None:
+                group.embeddings(name, embeddings_ND[group.start : end])
+                return
+            first, last = np.searchsorted(rows, [group.start, end])
+            if first < last:
+                embeddings_ND[first:last] = group.embeddings(name)[rows[first:last] - group.start]
 
-        for _ in self._groups.map(copy):
+        for _ in self._groups.map(copy, None if rows is None else self._groups.numbers_of(rows)):
             pass
         return embeddings_ND
 

@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -229,18 +229,3 @@ def _share_of_node(run: config.Run, has_gpu: bool) -> int:
     else:
         actors = 1 if run.workers == "auto" else math.ceil(run.workers / len(nodes))
     return max(1, int(cores / max(1, actors)))
-
-
-@contextlib.contextmanager
-def cluster() -> Iterator[None]:
-    """Ray for the duration of a run: the cluster that RAY_ADDRESS names or that this job runs on, else a local one."""
-    if ray.is_initialized():
-        yield
-        return
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    quiet: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, configure_logging=False, **quiet)
-    try:
-        yield
-    finally:
-        ray.shutdown()

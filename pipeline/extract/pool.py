@@ -25,6 +25,7 @@ from pipeline.dataset.partition import Target
 from pipeline.errors import GuardError, IncompleteRun, PipelineError, ShardChanged, StorageError, StorageRefused, WorldError
 from pipeline.extract.actors import POLL_S, SHARDS_IN_FLIGHT, Extractor, Result
 from pipeline.extract.carry import NOTHING_KNOWN, KnownRows, Task
+from pipeline.extract.cluster import cause, first_line
 from pipeline.source import Source
 
 logger = logging.getLogger(__name__)
@@ -152,15 +153,15 @@ class Pool:
             worker.info = ray.get(ref)
         except RayTaskError as error:
             # What `start` raises it would raise again, and on every node.
-            cause = _cause(error)
-            if isinstance(cause, PipelineError):
-                raise cause from None
-            raise IncompleteRun(f"the actors cannot start: {type(cause).__name__}: {cause}") from None
+            why = cause(error)
+            if isinstance(why, PipelineError):
+                raise why from None
+            raise IncompleteRun(f"the actors cannot start: {type(why).__name__}: {why}") from None
         except RayError as error:
             self._workers.remove(worker)
             self.num_lost += 1
             if not self.seen and self.num_lost >= MAX_STILLBORN:
-                raise IncompleteRun(f"{self.num_lost} actors died before they had started: {_first_line(error)}") from None
+                raise IncompleteRun(f"{self.num_lost} actors died before they had started: {first_line(error)}") from None
             return
         worker.ready = True
         self.seen = [info for info in self.seen if info["pid"] != worker.info["pid"]] + [worker.info]
@@ -174,7 +175,7 @@ class Pool:
             result: Result = ray.get(ref)
         except RayTaskError as error:
             # The loop itself broke: this actor would fail every shard that it gets.
-            return self._bury(worker, task, f"its actor broke: {_first_line(_cause(error))}")
+            return self._bury(worker, task, f"its actor broke: {first_line(cause(error))}")
         except RayError as error:
             has_left = isinstance(error, RayActorError) and getattr(error, "preempted", False)
             return self._bury(worker, task, "its actor died", is_blamed=not has_left)
@@ -291,13 +292,3 @@ def _draining_nodes() -> Collection[str]:
 
     nodes: dict[str, int] = state.get_draining_nodes()
     return nodes.keys()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The exception that was raised over there, where Ray carries it."""
-    inner = getattr(error, "cause", None)
-    return inner if isinstance(inner, BaseException) else error

@@ -169,15 +169,74 @@ def show_run(summary: dict[str, Any]) -> None:
         state = "committed" if summary["committed"] else "already up to date" if not summary["error"] else "stays"
         rows.append(("dataset", f"{output}  version {summary['version']} {state}, {images['total']:,} rows"))
     if probe:
-        low, high = probe["interval"]
-        between = f" (95 % between {low:.3f} and {high:.3f})"
-        rows.append(
-            ("probe", f"test accuracy {probe['test_accuracy']:.3f}{between}, C = {probe['C']:.3g}, {probe['num_test']} tested")
-        )
+        rows.append(("probe", probe_line(probe)))
         rows += [("", f"warning: {warning}") for warning in probe["warnings"]]
     if summary["version"] is not None and not summary["error"]:
         rows.append(("next", f"pipeline status {output}"))
         rows.append(("", f"python -c \"import pipeline; print(pipeline.open_dataset('{output}').to_numpy())\""))
+    show_pairs(rows)
+
+
+def probe_line(probe: dict[str, Any]) -> str:
+    """How a probe did, in a line."""
+    low, high = probe["interval"]
+    between = f"(95 % between {low:.3f} and {high:.3f})"
+    chosen = f"{probe['node']}, {probe['normalize']}, C = {probe['C']:.4g}"
+    return f"test accuracy {probe['test_accuracy']:.3f} {between}, {chosen}, {probe['num_test']:,} tested"
+
+
+def show_probe(report: dict[str, Any]) -> None:
+    """What was compared, what was chosen, and how that does on the test part."""
+    table = _table("node", "normalize", "best C", "validation accuracy", "NLL", "")
+    for each in report["compared"]:
+        is_chosen = all(each[name] == report[name] for name in ("node", "normalize"))
+        numbers = [f"{each['C']:.4g}", f"{each['validation_accuracy']:.4f}", f"{each['validation_nll']:.4f}"]
+        table.add_row(Text(printable(each["node"])), each["normalize"], *numbers, "chosen" if is_chosen else "")
+    _print(table)
+    parts = ", ".join(f"{report[f'num_{part}']:,} {part}" for part in ("train", "validation", "test"))
+    not_used = {
+        "num_unlabelled": "unlabelled",
+        "num_without_split": "in no part",
+        "num_copies_left_out": "of copies left out",
+        "num_unmatched_keys": "keys of the file unknown",
+    }
+    parts += "".join(f", {report[name]:,} {what}" for name, what in not_used.items() if report[name])
+    neighbours, top5 = report["knn"], report.get("test_top5")
+    worst = [f"{each['class']} ({each['accuracy']:.3f} of {each['num_test']:,})" for each in report["worst_classes"]]
+    mean = f"{report['mean_per_class_accuracy']:.3f} on average over {report['num_classes']:,} classes"
+    show_pairs(
+        [
+            ("", ""),
+            ("dataset", f"{report['output']}  version {report['version']}"),
+            ("rows", parts),
+            ("probe", probe_line(report)),
+            *([("top-5", f"{top5:.3f}")] if top5 is not None else []),
+            ("per class", f"{mean}; lowest: {', '.join(worst)}"),
+            ("NLL, ECE", f"{report['test_nll']:.4f} nats, {report['test_ece']:.4f}"),
+            ("kNN", f"test accuracy {neighbours['test_accuracy']:.3f} with k = {neighbours['k']}, without training"),
+            ("time", f"{duration(report['seconds'])} on {report['device']}"),
+            *[("warning" if not number else "", warning) for number, warning in enumerate(report["warnings"])],
+            ("written", f"{report['output']}/{report['path']}"),
+        ]
+    )
+
+
+def show_predictions(report: dict[str, Any]) -> None:
+    """What a probe makes of a dataset."""
+    most = [f"{each['class']} {each['rows']:,}" for each in report["predicted"][:10]]
+    more = len(report["predicted"]) - len(most)
+    rows = [
+        ("dataset", f"{report['output']}  version {report['version']}, {report['rows']:,} rows"),
+        ("probe", f"{report['probe']}, on {report['node']}"),
+        ("predicted", ", ".join(most) + (f", and {more:,} more classes" if more else "")),
+    ]
+    if report["rows"]:
+        rows.append(("probability", f"{report['mean_probability']:.3f} on average"))
+    if report["num_labelled"]:
+        share = report["num_agreeing"] / report["num_labelled"]
+        rows.append(("label", f"as predicted in {share:.2%} of {report['num_labelled']:,} rows, those trained on among them"))
+    if report["to"]:
+        rows.append(("written", report["to"]))
     show_pairs(rows)
 
 

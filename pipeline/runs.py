@@ -1,0 +1,46 @@
+"""What runs leave beside the data, in `_runs/<run id>/`: `config.yaml`, `run.json`, and `probe/` with metrics and weights."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import uuid
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.storage import Store, join
+
+RUNS_FOLDER = "_runs"
+PROBE_FOLDER, PROBE_FILE = "probe", "probe.safetensors"
+"""In the folder of a run."""
+
+
+def new_id() -> str:
+    """A run's name: they sort by time."""
+    now = datetime.datetime.now(datetime.UTC)
+    return f"{now:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
+
+
+def latest(store: Store, url: str) -> list[dict[str, Any]]:
+    """`run.json` of the last runs, newest first."""
+    files = store.list(join(url, RUNS_FOLDER), missing_ok=True)
+    newest = sorted((file.url for file in files if file.url.endswith("/run.json")), reverse=True)[:20]
+    found = []
+    for each in newest:
+        with contextlib.suppress(ValueError):  # half a file of a store that is not atomic
+            found.append(json.loads(store.read(each)))
+    return found
+
+
+def newest_probe(store: Store, url: str) -> str:
+    """URL of the weights that were saved last.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    files = store.list(join(url, RUNS_FOLDER), missing_ok=True)
+    found = [file.url for file in files if file.url.endswith(f"/{PROBE_FOLDER}/{PROBE_FILE}")]
+    if not found:
+        raise ConfigError(f"{url}: there is no saved probe; `pipeline probe` trains one")
+    return max(found)

@@ -1,0 +1,60 @@
+"""A saved probe: what goes into its file comes out again, and anything else is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from pipeline.analysis import head
+from pipeline.analysis.head import Head
+from pipeline.errors import ConfigError
+
+RANDOM = np.random.default_rng(0)
+HEAD = Head(
+    weight=RANDOM.normal(size=(3, 4)).astype(np.float32),
+    bias=RANDOM.normal(size=3).astype(np.float32),
+    classes=["cat", "dog", "猫"],
+    normalize="l2",
+    node="middle",
+    label="breed",
+    recipe={"model": "python/models:tiny", "node": {"node": "flatten", "pool": "none"}},
+)
+
+
+def test_everything_survives_the_file():
+    found = head.load(HEAD.dump())
+    for field in dataclasses.fields(Head):
+        assert np.array_equal(getattr(found, field.name), getattr(HEAD, field.name)), field.name
+
+
+def test_an_l2_head_divides_features_by_their_norms():
+    features = RANDOM.normal(size=(50, 4)).astype(np.float32) * 7
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    plain = dataclasses.replace(HEAD, normalize="none")
+    assert np.allclose(HEAD.log_probabilities(features), plain.log_probabilities(unit), atol=1e-5)
+    assert not np.allclose(plain.log_probabilities(features), plain.log_probabilities(unit), atol=0.1)
+    assert np.array_equal(HEAD.predict(features)[0], plain.predict(unit)[0])
+
+
+def test_rows_of_zeros_are_no_error():
+    _, probabilities = HEAD.predict(np.zeros((1, 4), np.float32))
+    assert np.allclose(probabilities, np.exp(HEAD.bias) / np.exp(HEAD.bias).sum(), atol=1e-6)
+
+
+GOOD = HEAD.dump()
+OTHER_NAMES = save({"w": HEAD.weight, "bias": HEAD.bias}, metadata={"classes": '["a", "b", "c"]'})
+NO_METADATA = save({"weight": HEAD.weight, "bias": HEAD.bias})
+TWO_CLASSES = save({"weight": HEAD.weight, "bias": HEAD.bias}, metadata={"classes": '["a", "b"]'})
+NOT_JSON = save({"weight": HEAD.weight, "bias": HEAD.bias}, metadata={"classes": "a, b, c"})
+UNKNOWN = dataclasses.replace(HEAD, normalize="zscore").dump()
+
+
+@pytest.mark.parametrize(
+    "payload", [b"", b"\x00" * 40, b"PAR1" * 20, GOOD[:-1], GOOD[:60], OTHER_NAMES, NO_METADATA, TWO_CLASSES, NOT_JSON, UNKNOWN]
+)
+def test_what_is_no_probe_is_refused(payload):
+    with pytest.raises(ConfigError, match=r"^probe\.st: not a probe; it is a file probe\.safetensors"):
+        head.load(payload, "probe.st")
