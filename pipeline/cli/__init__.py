@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import typer
 
-from pipeline.cli import dataset, run, setup
+from pipeline.cli import curate, dataset, run, setup
 from pipeline.cli.common import PlainFormatter
 
 COMMANDS: tuple[Callable[..., None], ...] = (
@@ -22,6 +22,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     run.plan,
     dataset.status,
     dataset.diff,
+    curate.curate,
     dataset.vacuum,
     run.bench,
     setup.demo,
