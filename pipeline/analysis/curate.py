@@ -276,14 +276,14 @@ def _warnings(
 ) -> list[str]:
     found = []
     if label is None:
-        found.append("There is no column `label` and none was named with --label: no label errors, and one class of outliers.")
+        found.append("There is no column `label`: without --label there are no label errors, and all rows are one class.")
     elif wrong is None:
         found.append(f"No label errors: column {label!r} has no two classes with two images each, but {len(classes)} in all.")
     elif wrong.num_unjudged:
         found.append(f"{wrong.num_unjudged:,} labels are of classes with a single image, and were not judged.")
     if copies.share > CROWDED:
         found.append(
-            f"{copies.share:.0%} of all pairs are alike to {threshold:g}: at that threshold this embedding tells these images"
-            f" hardly apart, or few are there very often. One pair in 1,000 at random is alike to {copies.chance[1]:.3f}."
+            f"{copies.share:.0%} of all pairs are alike to {threshold:g}, so that says little; one random pair in 1,000"
+            f" is alike to {copies.chance[1]:.3f}."
         )
     return found

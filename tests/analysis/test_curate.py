@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from commands import cli, last_line
 from datasets import write_dataset
 from meter import metered
@@ -53,6 +55,15 @@ def family(num_images: int, copies: int, dim: int, noise: float, seed: int = 0) 
     random = np.random.default_rng(seed)
     images_MD = np.repeat(random.standard_normal((num_images, dim), np.float32), copies, axis=0)
     return images_MD + noise * random.standard_normal(images_MD.shape, np.float32)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """The problems are small, and threads that wait for each other on a busy machine take a hundred times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -174,13 +185,13 @@ class TestDuplicates:
         for module in (directions, duplicates):
             monkeypatch.setattr(module, "ROWS", 512)
         monkeypatch.setattr(duplicates, "COLUMNS", 512)
-        features = np.random.default_rng(0).standard_normal((15_000, 1000), np.float32)
+        features = np.random.default_rng(0).standard_normal((8000, 1500), np.float32)
         features.flags.writeable = False
-        hashes = names(15_000)
+        hashes = names(8000)
         duplicates.find(features[:1000], hashes[:1000], 0.9)  # the library's own memory
         with metered() as meter:
             assert not len(duplicates.find(features, hashes, 0.9).grouped)
-            assert meter()[1] < 25_000_000, "the embeddings are 60 MB"
+            assert meter()[1] < 20_000_000, "the embeddings are 48 MB"
 
 
 class TestOutliers:
@@ -353,7 +364,9 @@ def output(tmp_path_factory: pytest.TempPathFactory, digits: tuple[NDArray[np.fl
 class TestCommand:
     """What `pipeline curate` prints and writes."""
 
-    def test_lists_lead_back_to_the_rows(self, output: Path, tmp_path: Path) -> None:
+    def test_lists_lead_back_to_the_rows(
+        self, output: Path, tmp_path: Path, digits: tuple[NDArray[np.float32], NDArray[np.int64]]
+    ) -> None:
         finished = cli("curate", output, "--to", tmp_path / "lists", "--json")
         assert finished.returncode == 0, finished.stderr
         report = last_line(finished)
@@ -381,9 +394,12 @@ class TestCommand:
             assert {row["group_rows"] for row in some} == {len(some)}
             assert {row["group_least_similarity"] for row in some} == {min(row["similarity"] for row in some)}
             assert 0.95 <= some[-1]["similarity"] <= some[0]["similarity"] == 1
-        assert report["outliers"]["judged"] == 610
+        assert report["outliers"]["judged"] == 609
         strange = lists["outliers"].to_pylist()
-        assert {row["key"] for row in strange[:5]} == {f"{number:05d}" for number in range(610, 615)}
+        planted = {
+            f"{row:05d}" for row in [*np.flatnonzero(flipped(digits[1][:600], 0.05) != digits[1][:600]), *range(605, 615)]
+        }
+        assert {row["key"] for row in strange[:5]} <= planted, "photographs, and digits of another class"
         assert strange[:3] == report["outliers"]["first"]
 
         wrong = lists["label_errors"].to_pylist()
@@ -400,7 +416,7 @@ class TestCommand:
         assert finished.returncode == 0, finished.stderr
         lines = finished.stdout.splitlines()
         assert len(lines) <= 24
-        assert max(map(len, lines)) < 160
+        assert max(map(len, lines)) < 130
         text = finished.stdout
         for expected in ("615 rows, half", "10 rows of 10 images", "groups have several labels", "7 listed", "probably digit "):
             assert expected in text

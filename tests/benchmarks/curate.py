@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -46,6 +47,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 sys.path.insert(0, str(ROOT / "tests"))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command has it
 
 NUM_PHOTOGRAPHS = 500
 GOAL = {"duplicates": 0.95, "labels": 0.8}
