@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from pipeline.analysis import duplicates, label_errors, outliers
 from pipeline.analysis.duplicates import Duplicates, Note
 from pipeline.analysis.label_errors import LabelErrors
+from pipeline.analysis.outliers import Outliers
 from pipeline.config import RESERVED_COLUMNS
 from pipeline.dataset.read import PLACE_COLUMNS, Dataset
 from pipeline.errors import DatasetError, nearest
@@ -36,6 +37,8 @@ THRESHOLD = 0.95
 """Chosen on copies of one half of the photographs, and as good on the other: `tests/benchmarks/curate.py`."""
 MAX_ROWS = 200_000
 """More need a word from the user: the time grows with N^2. 100,000 x 1,280 took 2 minutes on two cores."""
+SMALL = 10_000
+"""Rows of which nobody wants to know how long they will take."""
 OUTLIERS = 10
 """Of each class, unless told otherwise."""
 CROWDED = 0.01
@@ -116,21 +119,11 @@ def curate(
 
     tables = {
         "duplicates": _duplicates_table(dataset, copies, label),
-        "outliers": _table(
-            dataset,
-            strange.rows,
-            label,
-            {"similarity": strange.similarity, "usual_similarity": strange.usual, "rank_in_class": strange.rank},
-        ),
+        "outliers": _outliers_table(dataset, strange, label),
     }
-    if wrong is not None:
-        scores = {
-            "predicted": pa.array([classes[index] for index in wrong.predicted.tolist()], columns.column(label).type),
-            "probability_of_label": np.exp(wrong.log_label),
-            "probability_of_predicted": np.exp(wrong.log_predicted),
-            "margin": wrong.margin,
-        }
-        tables["label_errors"] = _table(dataset, wrong.rows, label, scores)
+    if label and wrong is not None:
+        predicted = pa.array([classes[index] for index in wrong.predicted.tolist()], columns.column(label).type)
+        tables["label_errors"] = _label_errors_table(dataset, wrong, label, predicted)
     summary = {
         "output": dataset.url,
         "version": dataset.version,
@@ -138,24 +131,12 @@ def curate(
         "node": node,
         "label": label,
         "threshold": threshold,
-        "duplicates": _duplicates_summary(dataset, copies, targets_N, tables["duplicates"]),
-        "outliers": {
-            "judged": strange.num_judged,
-            "listed": len(strange.rows),
-            "first": _first(tables["outliers"]),
-        },
-        "label_errors": wrong and {
-            "estimated": wrong.estimated,
-            "listed": len(wrong.rows),
-            "judged": wrong.num_judged,
-            "not_judged": wrong.num_unjudged,
-            "accuracy": wrong.accuracy,
-            "C": wrong.C,
-            "first": _first(tables["label_errors"]),
-        },
+        "duplicates": _duplicates_summary(dataset, copies, targets_N) | _first(tables["duplicates"], "representative"),
+        "outliers": {"judged": strange.num_judged, "listed": len(strange.rows)} | _first(tables["outliers"]),
+        "label_errors": wrong and _label_errors_summary(wrong) | _first(tables["label_errors"]),
         "warnings": _warnings(label, classes, wrong, copies, threshold),
         "seconds": time.perf_counter() - started,
-    }  # fmt: skip
+    }
     return Curation(summary=summary, tables=tables)
 
 
@@ -173,6 +154,8 @@ def _label_column(dataset: Dataset, label: str | None) -> str | None:
 def _check_size(dataset: Dataset, node: str, max_rows: int, note: Note | None) -> None:
     """Refuse what would take too long, and say what will take long."""
     num_rows, width = len(dataset), dataset.nodes.get(node, 0)
+    if num_rows <= min(max_rows, SMALL):
+        return
     seconds = duplicates.seconds(num_rows, width)
     if num_rows > max_rows:
         raise DatasetError(
@@ -233,7 +216,24 @@ def _duplicates_table(dataset: Dataset, copies: Duplicates, label: str | None) -
     )
 
 
-def _duplicates_summary(dataset: Dataset, copies: Duplicates, targets_N: NDArray[np.int64], table: pa.Table) -> dict[str, Any]:
+def _outliers_table(dataset: Dataset, strange: Outliers, label: str | None) -> pa.Table:
+    """The least typical images of each class, the strangest of all first."""
+    columns = {"similarity": strange.similarity, "usual_similarity": strange.usual, "rank_in_class": strange.rank}
+    return _table(dataset, strange.rows, label, columns)
+
+
+def _label_errors_table(dataset: Dataset, wrong: LabelErrors, label: str, predicted: pa.Array) -> pa.Table:
+    """The rows whose labels are least credible, the worst first."""
+    columns = {
+        "predicted": predicted,
+        "probability_of_label": np.exp(wrong.log_label),
+        "probability_of_predicted": np.exp(wrong.log_predicted),
+        "margin": wrong.margin,
+    }
+    return _table(dataset, wrong.rows, label, columns)
+
+
+def _duplicates_summary(dataset: Dataset, copies: Duplicates, targets_N: NDArray[np.int64]) -> dict[str, Any]:
     """Counts of rows, of images (equal bytes are one) and of groups."""
     entries = dataset.entries()
     shard_N = np.repeat(np.arange(len(entries)), [entry.num_rows for entry in entries])
@@ -256,7 +256,6 @@ def _duplicates_summary(dataset: Dataset, copies: Duplicates, targets_N: NDArray
         "groups_with_several_labels": len(np.unique(copies.representative[disagree])),
         "alike_pairs_share": copies.share,
         "chance_similarity": {"median": middle, "one_in_1000": high},
-        "first": _first(table.filter(table.column("representative"))),
     }
 
 
@@ -267,8 +266,20 @@ def _lowest(targets_N: NDArray[np.int64], representative_N: NDArray[np.int64], r
     return lowest_N[representative_N[rows]]
 
 
-def _first(table: pa.Table) -> list[dict[str, Any]]:
-    return list(table.slice(0, SHOWN).to_pylist())
+def _label_errors_summary(wrong: LabelErrors) -> dict[str, Any]:
+    return {
+        "estimated": wrong.estimated,
+        "listed": len(wrong.rows),
+        "judged": wrong.num_judged,
+        "not_judged": wrong.num_unjudged,
+        "accuracy": wrong.accuracy,
+        "C": wrong.C,
+    }
+
+
+def _first(table: pa.Table, which: str | None = None) -> dict[str, Any]:
+    """The first few rows; of those that are marked, if need be."""
+    return {"first": (table.filter(table.column(which)) if which else table).slice(0, SHOWN).to_pylist()}
 
 
 def _warnings(

@@ -6,8 +6,8 @@ resembles the next and the last no longer the first, is no group. Measured on re
 (`tests/benchmarks/curate.py`), that finds as many copies as chains do and fewer other pictures. So does the plain cosine, and
 centred embeddings do not.
 
-Time: 2 D operations for each of U (U - 1) / 2 pairs. Memory besides the embeddings, which are read where they lie: 120 MB of
-blocks at 1,280 features, up to 250 MB of pairs, and 50 bytes for each image.
+Time: 2 D operations for each of U (U - 1) / 2 pairs. Memory besides the embeddings, which are read where they lie: 100 MB of
+blocks at 1,280 features, 0.4 GB where whole blocks are alike, and 100 bytes for each image.
 
 Legend: N rows, U distinct images, D features, R and C rows and columns of a block, M pairs, E pairs from both ends.
 """
@@ -25,7 +25,7 @@ from pipeline.analysis.directions import ROWS, Directions
 
 COLUMNS = 1024
 """Of a block of similarities, which then takes 17 MB; larger ones are not quicker."""
-MAX_PAIRS = 4_000_000
+MAX_PAIRS = 2_000_000
 """Pairs that wait to become groups. Where there are more, a few pictures are there a thousand times."""
 TRIED = 1024
 """Images on either side of the pairs that tell how alike two images are by chance."""

@@ -122,21 +122,21 @@ def out_of_fold(
     """
     loss_C = np.zeros(len(logistic.VALUES_OF_C))
     num_held = 0
-    for fold in _Fold.each(features_ND, rows, target_J, fold_J, num_classes):
-        curve = fold.losses()
+    for fold in np.unique(fold_J).tolist():
+        curve = _Fold(features_ND, rows, target_J, fold_J == fold, num_classes).losses()
         loss_C = loss_C[: len(curve)] + curve[: len(loss_C)]
-        num_held += len(fold.held)
+        num_held += int((fold_J == fold).sum())
         if num_held >= ENOUGH:
             break
     C = float(logistic.VALUES_OF_C[loss_C.argmin()])
     log_JK = np.empty((len(rows), num_classes), np.float32)
-    for fold in _Fold.each(features_ND, rows, target_J, fold_J, num_classes):
-        fold.predict(C, log_JK)
+    for fold in np.unique(fold_J).tolist():
+        _Fold(features_ND, rows, target_J, fold_J == fold, num_classes).predict(C, log_JK)
     return log_JK, C
 
 
 class _Fold:
-    """Rows to train on (T) and rows held out (H), as columns of the solver."""
+    """Rows to train on (T) and rows held out (H), as columns of the solver: a copy of the features, and never two at once."""
 
     def __init__(
         self,
@@ -146,24 +146,11 @@ class _Fold:
         held_J: NDArray[np.bool_],
         num_classes: int,
     ) -> None:
-        train, self.held = np.flatnonzero(~held_J), np.flatnonzero(held_J)
+        train, self._held = np.flatnonzero(~held_J), np.flatnonzero(held_J)
         axes = logistic.axes(features_ND, rows[train], standardize=True)
         self._spectrum_P, self._num_classes = axes.spectrum, num_classes
-        self._train_TP, self._held_HP = axes.apply(features_ND, rows[train]), axes.apply(features_ND, rows[self.held])
-        self._target_T, self._target_H = target_J[train], target_J[self.held]
-
-    @classmethod
-    def each(
-        cls,
-        features_ND: NDArray[np.float32],
-        rows: NDArray[np.int64],
-        target_J: NDArray[np.int64],
-        fold_J: NDArray[np.int64],
-        num_classes: int,
-    ) -> Iterator[_Fold]:
-        """One fold after the other; the copy of the features that a fold makes is gone before the next one's."""
-        for fold in np.unique(fold_J).tolist():
-            yield cls(features_ND, rows, target_J, fold_J == fold, num_classes)
+        self._columns_TP, self._columns_HP = axes.apply(features_ND, rows[train]), axes.apply(features_ND, rows[self._held])
+        self._target_T, self._target_H = target_J[train], target_J[self._held]
 
     def losses(self) -> NDArray[np.float64]:
         """Summed loss on the rows held out at each of `logistic.VALUES_OF_C`, up to where it has long been rising."""
@@ -173,7 +160,7 @@ class _Fold:
         found: list[float] = []
         for values, heads_AKP in self._path(logistic.VALUES_OF_C, logistic.WAVE):
             loss_A = torch.zeros(len(values), dtype=torch.float64)
-            for part, logits_AKH in logistic.logits(self._held_HP, heads_AKP):
+            for part, logits_AKH in logistic.logits(self._columns_HP, heads_AKP):
                 loss_A += logistic.losses(logits_AKH.log_softmax(1), target_H[part])
             found += loss_A.tolist()
             if len(found) - int(np.argmin(found)) > PATIENCE * logistic.WAVE:
@@ -184,12 +171,12 @@ class _Fold:
         """Train with one C, and write the log probabilities of the rows held out to their places."""
         waypoints = logistic.VALUES_OF_C[logistic.WAVE - 1 :: logistic.WAVE]  # as the probe's final fit gets there
         *_, (_, heads_1KP) = self._path(np.append(waypoints[waypoints < C], C), 1)
-        for part, logits_1KH in logistic.logits(self._held_HP, heads_1KP):
-            log_JK[self.held[part]] = logits_1KH[0].log_softmax(0).T.numpy()
+        for part, logits_1KH in logistic.logits(self._columns_HP, heads_1KP):
+            log_JK[self._held[part]] = logits_1KH[0].log_softmax(0).T.numpy()
 
     def _path(self, values: NDArray[np.float64], wave: int) -> Iterator[tuple[NDArray[np.float64], torch.Tensor]]:
         for some, heads_AKP, _ in logistic.path(
-            self._train_TP, self._target_T, self._spectrum_P, self._num_classes, values, wave
+            self._columns_TP, self._target_T, self._spectrum_P, self._num_classes, values, wave
         ):
             yield some, heads_AKP
 

@@ -6,7 +6,7 @@ where a class has several kinds of pictures, and as good where it has one. Centr
 everything has a neighbour in its direction.
 
 Neighbours are looked for among `REFERENCE` random images of the class, so the time grows with N and not with N^2. Memory
-besides the embeddings: those images as unit vectors, and 84 MB of similarities.
+besides the embeddings: those images as unit vectors, and 41 MB of similarities.
 
 Legend: N rows, C images of one class, D features, R rows of a block, F references, M rows found.
 """

@@ -10,8 +10,8 @@ duplicates    500 small photographs that overlap as little as possible: of the 2
               Each is there four times: as it is, re-encoded at quality 75, resized to half, and with 2 % of width and height
               cropped (1 % on every side). A pair is right when both are of one photograph; counted are all pairs of all
               groups. Node, normalisation, way of grouping and threshold are compared on one half of the originals (`choice`:
-              for each the threshold with the best of the worse of precision and recall), and the default is held against the
-              other half. `harder`: quality 60 and 2 % off every side, at the default.
+              for each the threshold at which the worse of precision and recall is best, and what that threshold gives on the
+              other half), and so is the default. `harder`: quality 60 and 2 % off every side, at the default.
 labels        scikit-learn's digits with 5 % of the labels changed at random to another: share of wrong labels in the list of
               the default length, and in one as long as there are wrong ones. Features of both nodes, and raw pixels.
 outliers      pictures planted among the digits: photographs in colour, photographs as grey as digits and of as few pixels,
@@ -52,6 +52,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command has it
 NUM_PHOTOGRAPHS = 500
 GOAL = {"duplicates": 0.95, "labels": 0.8}
 THRESHOLDS = np.round(np.arange(0.90, 0.996, 0.005), 3)
+HALVES = ("one half", "other half")
 PLANTS = {"five in one class": 5, "three in each class": 30, "thirty in one class": 30}
 
 
@@ -148,13 +149,15 @@ def find_duplicates(folder: Path, scratch: Path, out: Any) -> dict[str, Any]:
 
     choice = []
     for node, features_ND in features.items():
-        for space, vectors_ND in spaces(features_ND[first_half_N]):
+        for (space, chosen_ND), (_, other_ND) in zip(
+            spaces(features_ND[first_half_N]), spaces(features_ND[~first_half_N]), strict=True
+        ):
             for grouping in ("representative", "chain", "pairs"):
-                lines = [score(groups_of(vectors_ND, limit, grouping), photograph_N[first_half_N]) for limit in THRESHOLDS]
+                lines = [score(groups_of(chosen_ND, each, grouping), photograph_N[first_half_N]) for each in THRESHOLDS]
                 best = max(range(len(lines)), key=lambda index: min(lines[index].values()))
-                choice.append(
-                    {"node": node, "space": space, "grouping": grouping, "threshold": THRESHOLDS[best], **lines[best]}
-                )
+                other = score(groups_of(other_ND, THRESHOLDS[best], grouping), photograph_N[~first_half_N])
+                choice.append({"node": node, "space": space, "grouping": grouping, "threshold": float(THRESHOLDS[best])})
+                choice[-1] |= {"one half": lines[best], "other half": other}
                 print(shown(choice[-1]), file=out, flush=True)
 
     keys, harder, _ = embedded(images(harder_copies), scratch / "harder")
@@ -288,10 +291,8 @@ def score(alike_NN: NDArray[np.bool_], photograph_N: NDArray[np.int64]) -> dict[
 
 
 def shown(line: dict[str, Any]) -> str:
-    return (
-        f"{line['node']:<10} {line['space']:<13} {line['grouping']:<15} {line['threshold']:.3f}"
-        f" precision {line['precision']:.3f} recall {line['recall']:.3f}"
-    )
+    scores = [f"{name}: precision {line[name]['precision']:.3f} recall {line[name]['recall']:.3f}" for name in HALVES]
+    return f"{line['node']:<10} {line['space']:<13} {line['grouping']:<15} {line['threshold']:.3f}  {'  '.join(scores)}"
 
 
 # Digits
