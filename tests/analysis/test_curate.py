@@ -117,6 +117,9 @@ class TestDuplicates:
             sizes = np.where(np.arange(3) == largest, 640 * 480, 320 * 240)
             found = duplicates.find(at(0, 1, 2), names(3), within(12), sizes)
             assert set(found.representative.tolist()) == {largest}
+            assert found.grouped[0] == largest
+        twins = duplicates.find(at(0, 0), names(2), 0.9, np.array([1, 2]))
+        assert (twins.grouped.tolist(), twins.similarity.tolist()) == ([1, 0], [1, 1])
 
     def test_a_member_goes_to_the_representative_that_is_most_like_it(self) -> None:
         """Two hubs 24 degrees apart with six and five spokes of 15 degrees; between them a picture 10 from the smaller one."""
@@ -170,6 +173,14 @@ class TestDuplicates:
         assert groups(found) == {frozenset(range(400)), *(frozenset({row, row + 1}) for row in range(400, 440, 2))}
         assert found.similarity.min() >= 0.99
 
+    def test_who_stands_for_a_group_is_no_member_of_another(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Rows 4 and 5, alike themselves, have their groups before they are compared."""
+        monkeypatch.setattr(duplicates, "MAX_PAIRS", 1)
+        monkeypatch.setattr(duplicates, "ROWS", 4)
+        sizes = np.array([1, 1, 1, 1, 2, 2])
+        found = duplicates.find(at(-8, -14, 20, 26, 0, 12), names(6), within(15), sizes)
+        assert found.representative.tolist() == [4, 4, 5, 5, 4, 5]
+
     def test_what_has_no_direction_is_like_nothing(self) -> None:
         features = np.zeros((4, 8), np.float32)
         features[2:, 0] = [1e-20, 1e15]
@@ -218,6 +229,25 @@ class TestOutliers:
         features[340, 0] += 0.9  # nearer to the mean than the 40
         found = outliers.find(features, np.zeros(341, np.int64), np.arange(341), most=1)
         assert found.rows.tolist() == [340]
+
+    def test_how_typical_is_the_mean_over_the_nearest_others(self) -> None:
+        features = family(10, 8, 16, 1).astype(np.float64)
+        unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+        cosine = unit @ unit.T
+        expected = [np.sort(np.delete(row, number))[-20:].mean() for number, row in enumerate(cosine)]
+        found = outliers.typicality(directions.Directions(features.astype(np.float32), np.arange(80)))
+        assert np.allclose(found, expected, atol=1e-6)
+        few = outliers.typicality(directions.Directions(features.astype(np.float32), np.arange(3)))
+        assert np.allclose(few, (cosine[:3, :3].sum(1) - 1) / 2, atol=1e-6)
+
+    def test_references_are_of_all_kinds_whatever_the_order(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(outliers, "REFERENCE", 100)
+        random = np.random.default_rng(0)
+        features = 0.05 * random.standard_normal((401, 16)).astype(np.float32)
+        features[:200, 0] += 1
+        features[200:400, 1] += 1
+        features[400, [0, 2]] += [0.7, 1]
+        assert outliers.find(features, np.zeros(401, np.int64), np.arange(401), most=1).rows.tolist() == [400]
 
     def test_copies_do_not_vouch_for_each_other(self) -> None:
         features = np.concatenate([family(1, 100, 16, 0.2), family(1, 1, 16, 0.2, seed=1).repeat(40, axis=0)])
