@@ -355,23 +355,25 @@ class TestLabelErrors:
         assert label_errors.estimate(np.log(probabilities).astype(np.float32), given) == count > 20
 
     def test_classes_of_one_image_are_not_judged(self, digits: tuple[NDArray[np.float32], NDArray[np.int64]]) -> None:
-        features, labels = digits[0][:200], digits[1][:200].copy()
-        labels[:4] = [10, 11, 11, -1]
+        features, labels = digits[0][:200], digits[1][:200] + 1
+        labels[:4] = [0, 11, 11, -1]
         hashes = names(200)
         hashes[2] = hashes[1]
         found = label_errors.find(features, labels, hashes, most=200)
-        assert found is not None
+        without = label_errors.find(features[4:], labels[4:] - 1, hashes[4:], most=200)
+        assert found is not None and without is not None
         assert (found.num_judged, found.num_unjudged) == (196, 3)
-        assert not {0, 1, 2, 3} & set(found.rows.tolist())
-        assert found.predicted.max() < 10
-        assert label_errors.find(features, np.where(labels == 0, 0, -1), hashes) is None
+        assert len(found.rows)
+        assert found.rows.tolist() == (without.rows + 4).tolist()
+        assert found.predicted.tolist() == (without.predicted + 1).tolist()
+        assert label_errors.find(features, np.where(labels == 1, 1, -1), hashes) is None
 
     def test_chunks_change_nothing(
         self, digits: tuple[NDArray[np.float32], NDArray[np.int64]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         features, labels = digits[0][:500], flipped(digits[1][:500], 0.1)
         whole = label_errors.find(features, labels, names(500))
-        monkeypatch.setattr(label_errors.logistic, "LOGITS_BYTES", 1 << 14)
+        monkeypatch.setattr(label_errors.logistic, "LOGITS_BYTES", 1 << 11)
         monkeypatch.setattr(label_errors.logistic, "ROWS_BYTES", 1 << 12)
         pieces = label_errors.find(features, labels, names(500))
         assert whole is not None and pieces is not None
