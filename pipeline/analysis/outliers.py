@@ -1,9 +1,9 @@
 """The least typical images of each class: those that resemble even the nearest others of their class little.
 
-How typical an image is: the mean cosine with its `NEAREST` nearest neighbours in the class. Measured with foreign pictures
-planted among digits (`tests/benchmarks/curate.py`), that is better than the distance to the class mean, plain or whitened,
-where a class has several kinds of pictures, and as good where it has one. Centred cosines are useless here: what is far from
-everything has a neighbour in its direction.
+How typical an image is: the mean cosine with its `NEAREST` nearest neighbours in the class. With foreign pictures planted among
+digits (`tests/benchmarks/curate.py`) that finds more of them than the distance to the class mean does, plain or whitened, and
+also where a class has several kinds of pictures. Centred cosines are poor: what is far from everything has neighbours in its
+direction.
 
 Neighbours are looked for among `REFERENCE` random images of the class, so the time grows with N and not with N^2. Memory
 besides the embeddings: those images as unit vectors, and 41 MB of similarities.
