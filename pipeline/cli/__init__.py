@@ -15,6 +15,7 @@ from collections.abc import Callable
 import typer
 
 from pipeline.cli import dataset, embed, export, probe, run, search, setup, verify
+from pipeline.cli import curate, dataset, run, setup
 from pipeline.cli.common import PlainFormatter
 
 COMMANDS: tuple[Callable[..., None], ...] = (
@@ -27,6 +28,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     verify.verify,
     export.export,
     search.search,
+    curate.curate,
     dataset.vacuum,
     embed.embed,
     run.bench,

@@ -16,6 +16,7 @@ import random
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,19 +77,29 @@ def sources(folder: Path) -> list[Path]:
 
 def crops(originals: list[Path], size: Size, number: int, out: Path) -> None:
     """Random parts of the originals, each scaled to `size`."""
+    out.mkdir(parents=True, exist_ok=True)
+    opened, image = None, Image.new("RGB", (1, 1))
+    for made, (original, box) in enumerate(boxes(originals, number)):
+        if original != opened:
+            opened, image = original, Image.open(original).convert("RGB")
+        crop = image.crop(box).resize(size.pixels, Image.Resampling.LANCZOS)
+        crop.save(out / f"{made:06d}.jpg", quality=size.quality)
+
+
+def boxes(originals: list[Path], number: int) -> Iterator[tuple[Path, tuple[int, int, int, int]]]:
+    """Which part of which original each photograph shows, in pixels: left, top, right, bottom. The same on every call."""
     Image.MAX_IMAGE_PIXELS = None
     random_ = random.Random(0)
-    out.mkdir(parents=True, exist_ok=True)
     per_original, made = -(-number // len(originals)), 0
     for original in originals:
-        image = Image.open(original).convert("RGB")
+        with Image.open(original) as image:
+            whole = image.size
         for _ in range(min(per_original, number - made)):
-            width = int(image.width * random_.uniform(0.25, 0.8))
-            height = min(int(width * 0.75), image.height)
+            width = int(whole[0] * random_.uniform(0.25, 0.8))
+            height = min(int(width * 0.75), whole[1])
             width = int(height / 0.75)
-            left, top = random_.randint(0, image.width - width), random_.randint(0, image.height - height)
-            crop = image.crop((left, top, left + width, top + height)).resize(size.pixels, Image.Resampling.LANCZOS)
-            crop.save(out / f"{made:06d}.jpg", quality=size.quality)
+            left, top = random_.randint(0, whole[0] - width), random_.randint(0, whole[1] - height)
+            yield original, (left, top, left + width, top + height)
             made += 1
 
 
