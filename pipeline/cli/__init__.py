@@ -14,8 +14,7 @@ from collections.abc import Callable
 
 import typer
 
-from pipeline.cli import dataset, embed, export, probe, run, search, setup, verify
-from pipeline.cli import curate, dataset, run, setup
+from pipeline.cli import curate, dataset, embed, export, probe, run, search, setup, verify
 from pipeline.cli.common import PlainFormatter
 
 COMMANDS: tuple[Callable[..., None], ...] = (
