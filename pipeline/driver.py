@@ -39,8 +39,8 @@ from pipeline.source import Source
 from pipeline.storage import Store, join
 
 if TYPE_CHECKING:
-    from pipeline.extract.actors import Result
     from pipeline.extract.pool import Pool
+    from pipeline.extract.scheduler import Result
 
 logger = logging.getLogger(__name__)
 

@@ -34,11 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHARDS_IN_FLIGHT = 3
-"""Shards that one actor has in hand: one being read, one to go on with, one whose last rows are still on their way. What
-one lost actor can cost."""
 POLL_S = 5.0
-"""How often the pool looks for nodes that joined or are about to leave, and a compiler whether the loop still measures."""
+"""How often a compiler looks whether the loop still measures."""
 ALARM_S = 1.0
 """How often an actor says that its interpreter is alive."""
 BATCH_SIZES = {"cpu": (8, 16, 32), "cuda": (64, 128, 256, 512)}
@@ -46,15 +43,14 @@ BATCH_SIZES = {"cpu": (8, 16, 32), "cuda": (64, 128, 256, 512)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """What became of one shard."""
+class Report:
+    """What an actor tells of one shard."""
 
-    task: Task
     partition: Partition | None = None
     error: PipelineError | None = None
     """Why there is no partition."""
     stages: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Seconds by stage that the actor spent since its last result."""
+    """Seconds by stage that the actor spent since its last report."""
     chosen: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Program and batch size that the actor has found to be fastest so far."""
 
@@ -70,6 +66,10 @@ class Extractor:
         self._building = threading.Lock()
         self._loop: Loop | None = None
         self._why = ""
+
+    def where(self) -> str:
+        """The node that this actor has come to."""
+        return str(ray.get_runtime_context().get_node_id())
 
     def prepare(self) -> None:
         """Import what takes long and build the model, while the driver still plans."""
@@ -138,7 +138,7 @@ class Extractor:
             threading.Thread(target=self._try_to_compile, args=arguments, daemon=True).start()
         return {
             "pid": os.getpid(),
-            "node": ray.get_runtime_context().get_node_id(),
+            "node": self.where(),
             "gpus": [str(gpu) for gpu in gpus],
             "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
             "device": device,
@@ -146,7 +146,7 @@ class Extractor:
             **self._chosen(backbone, self._loop),
         }
 
-    def extract(self, task: Task) -> Result:
+    def extract(self, task: Task) -> Report:
         """Extract one shard. Several calls run at once, so that batches are packed across shards."""
         backbone, loop = self._backbone, self._loop
         assert backbone is not None and loop is not None, "the pool waits for start()"
@@ -156,7 +156,7 @@ class Extractor:
         except PipelineError as failure:
             error = failure
         chosen = self._chosen(backbone, loop)
-        return Result(task=task, partition=partition, error=error, stages=loop.stages.take(), chosen=chosen)
+        return Report(partition=partition, error=error, stages=loop.stages.take(), chosen=chosen)
 
     def _chosen(self, backbone: Backbone, loop: Loop) -> dict[str, Any]:
         from pipeline.extract.backbone import COMPILED

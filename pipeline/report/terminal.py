@@ -19,7 +19,7 @@ from pipeline import metrics
 from pipeline.errors import printable
 
 if TYPE_CHECKING:
-    from pipeline.extract.actors import Result
+    from pipeline.extract.scheduler import Result
     from pipeline.plan import Plan
 
 LINE_EVERY_S = 10.0
