@@ -91,6 +91,10 @@ class Summary:
     stages: collections.Counter[str] = field(default_factory=collections.Counter)
     actors: list[dict[str, Any]] = field(default_factory=list)
     num_actors_lost: int = 0
+    tail_s: float = 0.0
+    """From the moment that the first actor ran out of work until the last shard was done."""
+    num_lent: int = 0
+    """Images that were computed by another actor than the one whose shard they are of."""
     probe: dict[str, Any] | None = None
     error: str = ""
 
@@ -131,6 +135,8 @@ class Summary:
             "stage_seconds": {name: round(seconds, 3) for name, seconds in sorted(self.stages.items())},
             "actors": self.actors,
             "actors_lost": self.num_actors_lost,
+            "tail_s": round(self.tail_s, 3),
+            "images_lent": self.num_lent,
             "probe": self.probe,
             "error": self.error or None,
         }
@@ -313,6 +319,7 @@ def _extract(goal: Goal, todo: Plan, summary: Summary, crew: _Crew, observer: Ob
             observer.finished(result, pool.num_ready)
     summary.extract_seconds += time.monotonic() - start
     summary.actors, summary.num_actors_lost = pool.seen, pool.num_lost
+    summary.tail_s, summary.num_lent = pool.tail_s, pool.num_lent
     summary.extracted += finished
     return finished
 

@@ -30,6 +30,7 @@ from pipeline.source import Source
 
 if TYPE_CHECKING:
     from pipeline.extract.backbone import Backbone
+    from pipeline.extract.lending import Answer, Images
     from pipeline.extract.loop import Loop
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,19 @@ BATCH_SIZES = {"cpu": (8, 16, 32), "cuda": (64, 128, 256, 512)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Loan:
+    """What the pool has to know of what an actor lends."""
+
+    number: int
+    num_images: int
+    """0 where it has nothing to lend now."""
+    num_bytes_left: int
+    """Of its shards, not read yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What an actor tells of one shard."""
+    """What an actor tells of one shard, or of what it did for another actor."""
 
     partition: Partition | None = None
     error: PipelineError | None = None
@@ -158,6 +170,29 @@ class Extractor:
         chosen = self._chosen(backbone, loop)
         return Report(partition=partition, error=error, stages=loop.stages.take(), chosen=chosen)
 
+    def lend(self, max_images: int) -> tuple[Loan, Images]:
+        """Encoded images for an actor that has nothing left to do; its answer, or None, has to come to `settle`."""
+        assert self._loop is not None, "the pool waits for start()"
+        number, images = self._loop.lender.lend(max_images)
+        return Loan(number=number, num_images=len(images), num_bytes_left=self._loop.num_bytes_left), images
+
+    def embed_for(self, images: Images) -> tuple[Report, Answer]:
+        """Decode and embed what another actor lends.
+
+        Raises:
+            GuardError: the model is not what it was; no row of it may get out.
+        """
+        backbone, loop = self._backbone, self._loop
+        assert backbone is not None and loop is not None, "the pool waits for start()"
+        answer = loop.embed(images).result()
+        backbone.check_frozen()
+        return Report(stages=loop.stages.take(), chosen=self._chosen(backbone, loop)), answer
+
+    def settle(self, number: int, answer: Answer | None) -> None:
+        """Take the answer to a loan; None where none will come."""
+        assert self._loop is not None, "the pool waits for start()"
+        self._loop.lender.settle(number, answer)
+
     def _chosen(self, backbone: Backbone, loop: Loop) -> dict[str, Any]:
         from pipeline.extract.backbone import COMPILED
 
@@ -166,7 +201,7 @@ class Extractor:
             "model": COMPILED if best.program == COMPILED else backbone.program,
             "model_because": self._why,
             "batch_size": best.batch_size,
-            "first_batch_at": loop.first_batch_at,
+            "first_batch_at": loop.lanes.first_batch_at,
         }
 
     def _try_to_compile(self, *arguments: Any) -> None:

@@ -15,7 +15,7 @@ import os
 import queue
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -30,6 +30,7 @@ from pipeline.extract.actors import Extractor, Report
 from pipeline.extract.carry import NOTHING_KNOWN, KnownRows, Task
 from pipeline.extract.room import Room, draining_nodes, nodes_but, room_for, wanting
 from pipeline.extract.scheduler import SHARDS_IN_FLIGHT, Place, Result, Scheduler, Worker
+from pipeline.extract.tail import LOANS_IN_FLIGHT, REST_S, Continuation, Tail
 from pipeline.source import Source
 
 logger = logging.getLogger(__name__)
@@ -48,9 +49,6 @@ SAY_EVERY_S = 300.0
 PATIENCE_S = 30.0
 """An actor that has waited for a node for so long is worth a warning."""
 
-Continuation = Callable[["Future[Any]"], list[Result]]
-"""What is done with the answer to a call; results that came of it."""
-
 
 class Pool:
     """Actors on what the cluster has. Use as a context manager; the actors end with it."""
@@ -68,7 +66,9 @@ class Pool:
         self._seen: dict[tuple[str, int], dict[str, Any]] = {}
         self.num_lost = 0
         """Actors that died."""
+        self._tail = Tail(self._scheduler, self._when_done, self._bury_helper)
         self._idle_since: dict[Worker, float] = {}
+        self._next_look = 0.0
         self._at_work_at = self._say_at = 0.0
         """When an actor was last ready, and when to say what is waited for."""
 
@@ -89,6 +89,16 @@ class Pool:
         """What `Extractor.start` told of every actor that was ever ready, and what it has found to be fastest since."""
         return list(self._seen.values())
 
+    @property
+    def tail_s(self) -> float:
+        """Seconds from the moment that the first actor ran out of work to the end."""
+        return self._tail.seconds
+
+    @property
+    def num_lent(self) -> int:
+        """Images that were computed by another actor than the one whose shard they are of."""
+        return self._tail.num_lent
+
     def prepare(self) -> None:
         """Let the first actors import and build while the driver still plans."""
         room = self._room(())
@@ -106,17 +116,19 @@ class Pool:
         self._target, self._known_ref = target, ray.put(known)  # hashes only, shared by the actors of a node
         for worker in scheduler.workers:
             self._start(worker)
-        next_look, self._at_work_at = 0.0, time.monotonic()
+        self._next_look, self._at_work_at = 0.0, time.monotonic()
         self._say_at = self._at_work_at + PATIENCE_S
         while not scheduler.is_done:
-            if time.monotonic() >= next_look:
+            if time.monotonic() >= self._next_look:
+                self._next_look = time.monotonic() + LOOK_S
                 self._look()
-                next_look = time.monotonic() + LOOK_S
             for worker, task in scheduler.deal():
                 self._when_done(worker.actor.extract.remote(task), functools.partial(self._collect, worker, task))
+            self._tail.arrange()
             with contextlib.suppress(queue.Empty):
-                then, answer = self._answers.get(timeout=LOOK_S)
+                then, answer = self._answers.get(timeout=REST_S if self._tail.is_on else LOOK_S)
                 yield from then(answer)
+        self._tail.end()
 
     # Calls and their answers
 
@@ -164,8 +176,9 @@ class Pool:
             # The loop itself broke: this actor would fail every shard that it gets.
             return self._bury(worker, task, f"its actor broke: {_first_line(_cause(error))}")
         except RayError as error:
+            # Neither a node that was taken away tells anything of the shard, nor an actor that also had others' images in hand.
             has_left = isinstance(error, RayActorError) and getattr(error, "preempted", False)
-            return self._bury(worker, task, "its actor died", is_blamed=not has_left)
+            return self._bury(worker, task, "its actor died", is_blamed=not has_left and not worker.num_loans)
         self._scheduler.returned(worker, task)
         if isinstance(report.error, GuardError):
             raise report.error  # a broken promise: no other shard would fare better
@@ -176,14 +189,30 @@ class Pool:
             return self._scheduler.again(task, report.error)
         self._scheduler.finished()
         worker.info |= report.chosen
-        return [Result(task=task, partition=report.partition, error=report.error, stages=report.stages)]
+        stages = self._tail.take_stages(report.stages)
+        return [Result(task=task, partition=report.partition, error=report.error, stages=stages)]
 
     def _bury(self, worker: Worker, task: Task, why: str, *, is_blamed: bool = True) -> list[Result]:
         """Forget an actor that died or broke."""
+        self._lose(worker)
+        return self._scheduler.lost(worker, task, why, is_blamed=is_blamed)
+
+    def _bury_helper(self, worker: Worker, why: str) -> list[Result]:
+        """Forget one that did so over another's images; of shards that it had too nobody knows anything."""
+        if worker not in self._scheduler.workers:
+            return []
+        self._lose(worker)
+        logger.warning("an actor computed images of another's shard, and %s", why)
+        if worker.in_hand:
+            return self._scheduler.lost(worker, next(iter(worker.in_hand.values())), f"its actor: {why}", is_blamed=False)
+        self._scheduler.gone(worker)
+        return []
+
+    def _lose(self, worker: Worker) -> None:
         with contextlib.suppress(RayError):
             ray.kill(worker.actor)  # it may only be out of reach
         self.num_lost += 1
-        return self._scheduler.lost(worker, task, why, is_blamed=is_blamed)
+        self._next_look = 0.0  # another one is wanted
 
     # As many actors as there is work and room for
 
@@ -206,7 +235,7 @@ class Pool:
         scheduler, now = self._scheduler, time.monotonic()
         without_node = [worker for worker in scheduler.workers if not worker.node]
         needless = set(without_node[scheduler.num_waiting :])
-        idle = [worker for worker in scheduler.workers if worker.is_ready and not worker.in_hand]
+        idle = [worker for worker in scheduler.workers if worker.is_ready and not worker.in_hand and not worker.num_loans]
         self._idle_since = {worker: self._idle_since.get(worker, now) for worker in idle}
         for worker, since in self._idle_since.items():
             if worker.is_leaving or (not scheduler.num_waiting and now - since >= IDLE_S):
@@ -247,7 +276,7 @@ class Pool:
         options: dict[str, Any] = {
             "num_cpus": 1,
             "num_gpus": place.num_gpus,
-            "max_concurrency": SHARDS_IN_FLIGHT + 2,  # and calls that only ask
+            "max_concurrency": SHARDS_IN_FLIGHT + LOANS_IN_FLIGHT + 3,  # and calls that take no time
             "max_restarts": 0,  # the pool replaces what dies: it has to hear of it
         }
         if place.node:

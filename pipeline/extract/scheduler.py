@@ -65,6 +65,8 @@ class Worker:
     """It is kept for shards that are tried with nothing else in hand."""
     in_hand: dict[str, Task] = field(default_factory=dict)
     """By the shard's URL."""
+    num_loans: int = 0
+    """Loans of other actors that it has in hand."""
 
 
 class Scheduler:
@@ -99,6 +101,14 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Shards that no actor has."""
         return len(self.waiting) + len(self.alone)
+
+    def idle(self) -> list[Worker]:
+        """Actors that have no shard and will get none."""
+        return [] if self.num_waiting else list(self._may_get[0])
+
+    def owners(self) -> list[Worker]:
+        """Actors that have shards in hand, but for those that try one alone."""
+        return [worker for worker in self.workers if worker.in_hand and worker.is_ready and not worker.for_one]
 
     # Workers
 
