@@ -110,6 +110,23 @@ def test_a_helpers_rows_are_the_owners(goal: Goal, backbone: Backbone, calm: Par
     assert_same(goal, found, calm)
 
 
+def test_what_both_have_computed_counts_once(goal: Goal, backbone: Backbone, calm: Partition) -> None:
+    num_twice = 0
+    with running(goal, backbone) as helper:
+
+        def lend(owner: Loop) -> None:
+            nonlocal num_twice
+            number, images = owner.lender.lend(16)
+            if images:
+                num_twice += len(images)
+                owner.lender._take_back(owner.lender._lent[number])
+                owner.lender.settle(number, helper.embed(images).result())
+
+        found = extracted(goal, backbone, lend)
+    assert num_twice
+    assert_same(goal, found, calm)
+
+
 @pytest.mark.parametrize("comes_later", [False, True], ids=["never", "late"])
 def test_an_owner_computes_what_has_no_answer(goal: Goal, backbone: Backbone, calm: Partition, comes_later: bool) -> None:
     """Whether it is told so, or has nothing else to do: then the answer comes after its own and does not count."""
