@@ -189,8 +189,12 @@ class Pool:
             return self._scheduler.again(task, report.error)
         self._scheduler.finished()
         worker.info |= report.chosen
-        stages = self._tail.take_stages(report.stages)
-        return [Result(task=task, partition=report.partition, error=report.error, stages=stages)]
+        stages, partition = self._tail.take_stages(report.stages), report.partition
+        if partition is not None and self._target is not None:
+            target = self._target
+            own = (task.shard.url, task.shard.fingerprint, target.recipe.recipe_id, target.layout.layout_id)
+            partition = partition.sharing(*own)
+        return [Result(task=task, partition=partition, error=report.error, stages=stages)]
 
     def _bury(self, worker: Worker, task: Task, why: str, *, is_blamed: bool = True) -> list[Result]:
         """Forget an actor that died or broke."""

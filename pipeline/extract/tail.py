@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import heapq
 import logging
 import time
 from collections.abc import Callable
@@ -74,9 +75,8 @@ class Tail:
         elif idle and self._since is None:
             self._since = time.monotonic()
         helpers = [helper for helper in idle if helper.num_loans < LOANS_IN_FLIGHT]
-        for helper in sorted(helpers, key=lambda helper: helper.num_loans):
-            if (owner := self._owner()) is None:
-                return
+        owners = self._owners(len(helpers)) if helpers else []
+        for owner, helper in zip(owners, sorted(helpers, key=lambda helper: helper.num_loans), strict=False):
             self._asked.add(owner)
             helper.num_loans += 1
             loan, images = owner.actor.lend.options(num_returns=2).remote(_appetite(helper))
@@ -97,13 +97,13 @@ class Tail:
         for state in (self._asked, self._not_before, self._left):
             state.clear()
 
-    def _owner(self) -> Worker | None:
-        """The actor that has most left, of those that may be asked."""
+    def _owners(self, count: int) -> list[Worker]:
+        """The actors that have most left, of those that may be asked."""
         now = time.monotonic()
         owners = [
             owner for owner in self._scheduler.owners() if owner not in self._asked and self._not_before.get(owner, 0.0) <= now
         ]
-        return max(owners, key=self._bytes_left, default=None)
+        return heapq.nlargest(count, owners, key=self._bytes_left)
 
     def _bytes_left(self, owner: Worker) -> int:
         in_hand = sum(task.shard.num_bytes for task in owner.in_hand.values())

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan
 
 LINE_EVERY_S = 10.0
+BAR_EVERY_S = 0.1
 
 
 class Watch:
@@ -75,16 +76,19 @@ class Watch:
             self._num_quarantined += result.partition.num_quarantined
         else:
             self._num_failed += 1
-        rate = self._num_images / max(now - self._start, 1e-9)
         self._stages.update(result.stages)
+        every_s = LINE_EVERY_S if self._bar is None else BAR_EVERY_S
+        if now - self._last_line < every_s and self._num_done < self._num_shards:
+            return  # a million shards are more than anybody reads
+        self._last_line = now
+        rate = self._num_images / max(now - self._start, 1e-9)
         state = f"{self._num_images:,} images, {rate:,.0f}/s, {self._num_quarantined} quarantined, {num_actors} actors"
         state += f", bound by {metrics.bound_by(self._stages)} ({shares(metrics.busy(self._stages))})"
         if self._num_failed:
             state += f", {self._num_failed} shards failed"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._num_done, description=state)
-        elif now - self._last_line >= LINE_EVERY_S or self._num_done == self._num_shards:
-            self._last_line = now
+        else:
             left = (now - self._start) * (self._bytes_total - self._bytes_done) / max(self._bytes_done, 1)
             self.note(f"{self._num_done}/{self._num_shards} shards, {state}, about {duration(left)} left")
 
