@@ -221,13 +221,14 @@ def run(
     start, started_at = time.monotonic(), time.time()
     settings = _absolute(settings)
     wishes = Wishes(allow_removals=allow_removals, retry_quarantined=retry_quarantined)
-    crew = _Crew(settings)
+    run_id = _new_run_id()
+    crew = _Crew(settings, run_id)
     try:
         goal = Goal.of(settings, crew)
     except BaseException:
         crew.close()
         raise
-    summary = Summary(run_id=_new_run_id(), output=settings.output.url, recipe_id=goal.target.recipe.recipe_id)
+    summary = Summary(run_id=run_id, output=settings.output.url, recipe_id=goal.target.recipe.recipe_id)
     summary.started_at = started_at
     try:
         with crew:
@@ -248,9 +249,9 @@ def run(
 class _Crew(contextlib.ExitStack):
     """The actors of a run, from the moment that there is work for them to the last row."""
 
-    def __init__(self, settings: config.Config) -> None:
+    def __init__(self, settings: config.Config, run_id: str) -> None:
         super().__init__()
-        self._settings = settings
+        self._settings, self._run_id = settings, run_id
         self._pool: Pool | None = None
 
     def pool(self) -> Pool:
@@ -260,7 +261,7 @@ class _Crew(contextlib.ExitStack):
 
         if self._pool is None:
             self.enter_context(cluster())
-            self._pool = self.enter_context(Pool(self._settings))
+            self._pool = self.enter_context(Pool(self._settings, self._run_id))
         return self._pool
 
 

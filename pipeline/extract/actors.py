@@ -25,7 +25,9 @@ import ray
 from pipeline import config
 from pipeline.dataset.partition import Partition, Target
 from pipeline.errors import GuardError, PipelineError
+from pipeline.extract import logs
 from pipeline.extract.carry import KnownRows, Task
+from pipeline.extract.telemetry import Counters
 from pipeline.source import Source
 
 if TYPE_CHECKING:
@@ -70,7 +72,9 @@ class Report:
 class Extractor:
     """The loop in an actor. Device, threads and batch size are decided here, where the hardware is."""
 
-    def __init__(self, settings: config.Config, import_paths: list[str]) -> None:
+    def __init__(self, settings: config.Config, run_id: str, import_paths: list[str]) -> None:
+        logs.set_up(run_id, self.where())
+        self._counters = Counters(run_id, self.where())
         # A model of one's own lies where the driver was started, which is not where Ray starts its workers.
         sys.path.extend(path for path in import_paths if path not in sys.path)
         self._settings = settings
@@ -163,12 +167,20 @@ class Extractor:
         backbone, loop = self._backbone, self._loop
         assert backbone is not None and loop is not None, "the pool waits for start()"
         partition, error = None, None
-        try:
-            partition = loop.submit(task).result()
-        except PipelineError as failure:
-            error = failure
-        chosen = self._chosen(backbone, loop)
-        return Report(partition=partition, error=error, stages=loop.stages.take(), chosen=chosen)
+        self._counters.begin()
+        with logs.about(task.shard.url):
+            try:
+                partition = loop.submit(task).result()
+                logger.info("done: %d rows, %d samples in quarantine", partition.num_rows, partition.num_quarantined)
+            except PipelineError as failure:
+                error = failure
+                logger.warning("failed: %s: %s", type(error).__name__, error)
+            except BaseException:
+                self._counters.shard(0, None, {})
+                raise
+        stages = loop.stages.take()
+        self._counters.shard(task.shard.num_bytes, partition, stages)
+        return Report(partition=partition, error=error, stages=stages, chosen=self._chosen(backbone, loop))
 
     def lend(self, max_images: int) -> tuple[Loan, Images]:
         """Encoded images for an actor that has nothing left to do; its answer, or None, has to come to `settle`."""
@@ -184,9 +196,15 @@ class Extractor:
         """
         backbone, loop = self._backbone, self._loop
         assert backbone is not None and loop is not None, "the pool waits for start()"
-        answer = loop.embed(images).result()
-        backbone.check_frozen()
-        return Report(stages=loop.stages.take(), chosen=self._chosen(backbone, loop)), answer
+        self._counters.begin()
+        num_images, stages = 0, dict[str, float]()
+        try:
+            answer = loop.embed(images).result()
+            backbone.check_frozen()
+            num_images, stages = len(images), loop.stages.take()
+        finally:
+            self._counters.loan(num_images, stages)
+        return Report(stages=stages, chosen=self._chosen(backbone, loop)), answer
 
     def settle(self, number: int, answer: Answer | None) -> None:
         """Take the answer to a loan; None where none will come."""

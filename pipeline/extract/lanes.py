@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.errors import SampleError, WorldError
+from pipeline.extract import logs
 from pipeline.extract.backbone import Backbone, Pass
 from pipeline.extract.batches import Batch, Batches, ByteBudget
 from pipeline.extract.carry import KnownRows
@@ -146,18 +147,22 @@ class Lanes:
                 chunk = self.chunks.get()
             if chunk is None:
                 return
-            with self._stages.time("decode"):
-                unknown = self.recognise(chunk)
-            while unknown:
-                with self._stages.time("no_batch"):
-                    slots = self._batches.place(len(unknown))
-                placed, unknown = unknown[: len(slots)], unknown[len(slots) :]
-                with self._stages.time("decode"):
-                    self._decode(isolated if chunk.home.is_suspect else decoder, placed, slots)
-                for batch in dict.fromkeys(batch for batch, _ in slots):
-                    if batch.settle(sum(other is batch for other, _ in slots)):
-                        self._launch(batch)
+            with logs.about(chunk.home.name):
+                self._work_through(chunk, isolated if chunk.home.is_suspect else decoder)
             self._decided(chunk)
+
+    def _work_through(self, chunk: Chunk, decoder: Decoder | IsolatedDecoder) -> None:
+        with self._stages.time("decode"):
+            unknown = self.recognise(chunk)
+        while unknown:
+            with self._stages.time("no_batch"):
+                slots = self._batches.place(len(unknown))
+            placed, unknown = unknown[: len(slots)], unknown[len(slots) :]
+            with self._stages.time("decode"):
+                self._decode(decoder, placed, slots)
+            for batch in dict.fromkeys(batch for batch, _ in slots):
+                if batch.settle(sum(other is batch for other, _ in slots)):
+                    self._launch(batch)
 
     def _decided(self, chunk: Chunk) -> None:
         self._budget.release(chunk.num_bytes)

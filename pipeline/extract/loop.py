@@ -13,6 +13,7 @@ while an actor lends work to others, by what `lending` adds.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 from pipeline.dataset import partition
 from pipeline.dataset.partition import Partition, Target
 from pipeline.errors import SampleError
+from pipeline.extract import logs
 from pipeline.extract.backbone import Backbone
 from pipeline.extract.carry import NOTHING_KNOWN, CarriedRows, KnownRows, Task, known_rows
 from pipeline.extract.chunks import CHUNK_SAMPLES, LARGE_IMAGE_BYTES, Chunk
@@ -31,6 +33,8 @@ from pipeline.extract.lending import Answer, Borrowed, Images, Lender
 from pipeline.extract.rows import OpenShard, Row, columns
 from pipeline.metrics import Stages
 from pipeline.source import Sample, Source
+
+logger = logging.getLogger(__name__)
 
 NUM_FETCHERS = 2
 """While one waits for a store's first byte the other reads."""
@@ -131,24 +135,29 @@ class Loop:
                 opened = self._shards.get()
             if opened is None:
                 return
-            num_read, seen = 0, set[int]()
-            try:
-                if opened.previous is not None:
-                    with self.stages.time("fetch"):
-                        opened.known = known_rows(self._target, {opened.previous: 0})
-                samples = iter(self._source.read(opened.shard))
-                while True:
-                    with self.stages.time("fetch"):
-                        chunk = _next_chunk(samples, seen)
-                    if not chunk:
-                        break
-                    num_read += len(chunk)
-                    self._hand_over(opened, chunk)
-            except BaseException as error:
-                self._results.put(lambda opened=opened, error=error: self._fail(opened, error))  # type: ignore[misc]
-            else:
-                self._results.put(lambda opened=opened, num=num_read: self._end(opened, num))  # type: ignore[misc]
+            with logs.about(opened.shard.url):
+                self._fetch_shard(opened)
             self.lanes.expect_no_more()
+
+    def _fetch_shard(self, opened: OpenShard) -> None:
+        num_read, seen = 0, set[int]()
+        try:
+            if opened.previous is not None:
+                with self.stages.time("fetch"):
+                    opened.known = known_rows(self._target, {opened.previous: 0})
+            samples = iter(self._source.read(opened.shard))
+            while True:
+                with self.stages.time("fetch"):
+                    chunk = _next_chunk(samples, seen)
+                if not chunk:
+                    break
+                num_read += len(chunk)
+                self._hand_over(opened, chunk)
+        except BaseException as failure:
+            error = failure
+            self._results.put(lambda: self._fail(opened, error))
+        else:
+            self._results.put(lambda: self._end(opened, num_read))
 
     def _hand_over(self, opened: OpenShard, chunk: list[Sample]) -> None:
         num_bytes = sum(len(sample.image) for sample in chunk)
@@ -211,7 +220,8 @@ class Loop:
         def guarded() -> None:
             if not opened.future.done():
                 try:
-                    job()
+                    with logs.about(opened.shard.url):
+                        job()
                 except BaseException as error:
                     self._finish(opened, error)
 
@@ -254,6 +264,7 @@ class Loop:
         try:
             role(*arguments)
         except BaseException as error:
+            logger.error("the loop broke, and every shard in hand fails with it", exc_info=error)
             with self._lock:
                 self._failure = error
                 opened, borrowed = list(self._open), list(self._borrowed)

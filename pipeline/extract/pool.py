@@ -31,6 +31,7 @@ from pipeline.extract.carry import NOTHING_KNOWN, KnownRows, Task
 from pipeline.extract.room import Room, draining_nodes, nodes_but, room_for, wanting
 from pipeline.extract.scheduler import SHARDS_IN_FLIGHT, Place, Result, Scheduler, Worker
 from pipeline.extract.tail import LOANS_IN_FLIGHT, REST_S, Continuation, Tail
+from pipeline.extract.telemetry import Gauges
 from pipeline.source import Source
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,9 @@ PATIENCE_S = 30.0
 class Pool:
     """Actors on what the cluster has. Use as a context manager; the actors end with it."""
 
-    def __init__(self, settings: config.Config) -> None:
-        self._settings, self._settings_ref = settings, ray.put(settings)
+    def __init__(self, settings: config.Config, run_id: str = "") -> None:
+        self._settings, self._settings_ref, self._run_id = settings, ray.put(settings), run_id
+        self._gauges = Gauges(run_id)
         self._source = Source(settings.source)
         self._target: Target | None = None
         self._known_ref: Any = None
@@ -129,6 +131,7 @@ class Pool:
                 then, answer = self._answers.get(timeout=REST_S if self._tail.is_on else LOOK_S)
                 yield from then(answer)
         self._tail.end()
+        self._gauges.show(scheduler)
 
     # Calls and their answers
 
@@ -230,6 +233,7 @@ class Pool:
         self._shrink()
         self._grow(room)
         self._watch_the_wait()
+        self._gauges.show(self._scheduler)
 
     def _room(self, draining: Collection[str]) -> Room:
         return room_for(self._settings.run, nodes_but(draining))
@@ -286,7 +290,8 @@ class Pool:
         if place.node:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(place.node, soft=False)
         remote: Any = ray.remote(Extractor)
-        actor = remote.options(**options).remote(self._settings_ref, [path or os.getcwd() for path in sys.path])
+        import_paths = [path or os.getcwd() for path in sys.path]
+        actor = remote.options(**options).remote(self._settings_ref, self._run_id, import_paths)
         worker = Worker(actor, place)
         self._scheduler.hired(worker)
         self._when_done(actor.where.remote(), functools.partial(self._placed, worker))

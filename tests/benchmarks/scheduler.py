@@ -159,6 +159,7 @@ def driver(num_shards: int, num_actors: int) -> dict[str, Any]:
 
     pool.ray = SimpleNamespace(put=lambda value: value, kill=lambda actor: None)  # type: ignore[assignment]
     pool.draining_nodes = lambda: ()
+    pool.Gauges = lambda _: SimpleNamespace(show=lambda _: None)  # type: ignore[assignment,misc]
     settings = driver.config.parse(
         {
             "source": {"url": "s3://photos/shards/*.tar"},
