@@ -44,6 +44,8 @@ MAX_STILLBORN = 3
 """So many actors may die before the first one has started."""
 MAX_PREPARED = 8
 """Actors that are started before it is known how many shards there are."""
+WORTH_A_HELPER_BYTES = 1 << 30
+"""Of one shard: for so many more an actor without a shard of its own is started too, where there is room now."""
 MAX_PENDING = 64
 """Actors that ask the autoscaler at a time; as they get their nodes, more do."""
 SAY_EVERY_S = 300.0
@@ -62,6 +64,8 @@ class Pool:
         self._known_ref: Any = None
         self._num_bytes = 0
         """Of the shards that are to be extracted."""
+        self._num_helpers = 0
+        """Actors that are worth their start although there are fewer shards."""
         self._scheduler = Scheduler(settings.run.max_attempts)
         self._answers: queue.SimpleQueue[tuple[Continuation, Future[Any]]] = queue.SimpleQueue()
         """To calls, in the order in which they came: whoever waits for one of a thousand calls need not look at all."""
@@ -69,7 +73,6 @@ class Pool:
         self.num_lost = 0
         """Actors that died."""
         self._tail = Tail(self._scheduler, self._when_done, self._bury_helper)
-        self._idle_since: dict[Worker, float] = {}
         self._next_look = 0.0
         self._at_work_at = self._say_at = 0.0
         """When an actor was last ready, and when to say what is waited for."""
@@ -114,12 +117,16 @@ class Pool:
         """
         scheduler = self._scheduler
         scheduler.waiting.extend(tasks)
-        self._num_bytes = sum(task.shard.num_bytes for task in scheduler.waiting)
+        sizes = [task.shard.num_bytes for task in scheduler.waiting]
+        self._num_bytes, self._num_helpers = sum(sizes), sum(size // WORTH_A_HELPER_BYTES for size in sizes)
         self._target, self._known_ref = target, ray.put(known)  # hashes only, shared by the actors of a node
         for worker in scheduler.workers:
             self._start(worker)
         self._next_look, self._at_work_at = 0.0, time.monotonic()
         self._say_at = self._at_work_at + PATIENCE_S
+        for _ in range(self._answers.qsize()):  # what came in while the driver planned
+            then, answer = self._answers.get()
+            yield from then(answer)
         while not scheduler.is_done:
             if time.monotonic() >= self._next_look:
                 self._next_look = time.monotonic() + LOOK_S
@@ -242,13 +249,11 @@ class Pool:
         """End actors on nodes that go, actors that have had nothing to do for a while, and those that nothing waits for."""
         scheduler, now = self._scheduler, time.monotonic()
         without_node = [worker for worker in scheduler.workers if not worker.node]
-        needless = set(without_node[scheduler.num_waiting :])
         idle = [worker for worker in scheduler.workers if worker.is_ready and not worker.in_hand and not worker.num_loans]
-        self._idle_since = {worker: self._idle_since.get(worker, now) for worker in idle}
-        for worker, since in self._idle_since.items():
-            if worker.is_leaving or (not scheduler.num_waiting and now - since >= IDLE_S):
-                needless.add(worker)
-        for worker in needless:
+        needless = [
+            worker for worker in idle if worker.is_leaving or (not scheduler.num_waiting and now - worker.busy_at >= IDLE_S)
+        ]
+        for worker in without_node[scheduler.num_waiting :] + needless:
             scheduler.gone(worker)
             ray.kill(worker.actor)
 
@@ -260,9 +265,9 @@ class Pool:
         if room.more is not None:
             num_pending = sum(not worker.node for worker in workers)
             missing += [room.more] * max(0, MAX_PENDING - num_pending - len(missing))
-        num_starting = sum(not worker.is_ready for worker in workers)
-        num_wanted = min(self._scheduler.num_waiting - num_starting, room.most - len(workers))
-        for place in missing[: max(0, num_wanted)]:
+        num_wanted = self._scheduler.num_waiting - sum(not worker.is_ready for worker in workers)
+        num_helpers, self._num_helpers = min(self._num_helpers, len(room.places) - num_wanted), 0
+        for place in missing[: max(0, min(num_wanted + max(0, num_helpers), room.most - len(workers)))]:
             self._start(self._hire(place), len(room.places))
 
     def _watch_the_wait(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +68,8 @@ class Worker:
     """By the shard's URL."""
     num_loans: int = 0
     """Loans of other actors that it has in hand."""
+    busy_at: float = 0.0
+    """When it last had something to do, or became ready."""
 
 
 class Scheduler:
@@ -124,7 +127,7 @@ class Scheduler:
     def ready(self, worker: Worker, *, is_ready: bool = True) -> None:
         """It has started, or starts anew."""
         self.num_ready += is_ready - worker.is_ready
-        worker.is_ready = is_ready
+        worker.is_ready, worker.busy_at = is_ready, time.monotonic()
         self._sort(worker)
 
     def leaving(self, worker: Worker, is_leaving: bool) -> None:
@@ -159,6 +162,7 @@ class Scheduler:
     def returned(self, worker: Worker, task: Task) -> None:
         """It has an answer for this shard."""
         del worker.in_hand[task.shard.url]
+        worker.busy_at = time.monotonic()
         self.num_in_hand -= 1
         self._sort(worker)
 

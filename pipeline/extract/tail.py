@@ -131,6 +131,7 @@ class Tail:
     def _helped(self, owner: Worker, helper: Worker, loan: Loan, found: Any, answer: Future[Any]) -> list[Result]:
         """Hand the answer back."""
         helper.num_loans -= 1
+        helper.busy_at = time.monotonic()
         try:
             report: Report = answer.result()
         except RayError as error:

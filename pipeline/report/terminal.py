@@ -129,6 +129,9 @@ def show_run(summary: dict[str, Any]) -> None:
     if summary["bound_by"]:
         rows.append(("bound by", f"{summary['bound_by']} ({shares(summary['busy'])})"))
         rows.append(("", metrics.ADVICE[summary["bound_by"]]))
+    if summary["images_lent"]:
+        helped = f"helped with {summary['images_lent']:,} images of the last shards"
+        rows.append(("tail", f"{duration(summary['tail_s'])}, in which actors without a shard {helped}"))
     if summary["version"] is None:
         rows.append(("dataset", f"{output}: no version yet"))
     else:
