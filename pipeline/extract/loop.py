@@ -13,12 +13,13 @@ while an actor lends work to others, by what `lending` adds.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any
 
 from pipeline.dataset import partition
 from pipeline.dataset.partition import Partition, Target
@@ -73,10 +74,15 @@ class Loop:
         self._failure: BaseException | None = None
         self._closed = threading.Event()
 
-        roles = [self._fetch] * NUM_FETCHERS + [self.lanes.work] * settings.num_workers + [self._route, self._watch]
-        self._threads = [threading.Thread(target=self._guarded, args=(role,), daemon=True) for role in roles]
-        self._threads += [threading.Thread(target=self._guarded, args=(self._write, q), daemon=True) for q in self._writing]
-        for thread in self._threads:
+        kinds: list[list[Callable[[], None]]] = [
+            [self._fetch] * NUM_FETCHERS,
+            [self.lanes.work] * settings.num_workers,
+            [self._route],
+            [functools.partial(self._write, writing) for writing in self._writing],
+            [self._watch],
+        ]
+        self._threads = [[threading.Thread(target=self._guarded, args=(role,), daemon=True) for role in kind] for kind in kinds]
+        for thread in itertools.chain(*self._threads):
             thread.start()
 
     def submit(self, task: Task) -> Future[Partition]:
@@ -115,16 +121,20 @@ class Loop:
             return sum(max(0, opened.shard.num_bytes - opened.num_bytes_read) for opened in self._open)
 
     def close(self) -> None:
-        """Stop the threads. Call it when every future is done."""
+        """Stop the threads, each kind when it has done what those before it have left. Call it when every future is done."""
         self._closed.set()
         for _ in range(NUM_FETCHERS):
             self._shards.put(None)
+        fetchers, workers, router, writers, watch = self._threads
+        _join(fetchers)
         self.lanes.chunks.close()
+        _join(workers)
         self._results.put(None)
+        _join(router)
         for writing in self._writing:
             writing.put(None)
-        for thread in self._threads:
-            thread.join()
+        _join(writers)
+        _join(watch)
 
     # The threads, but for the lanes' workers
 
@@ -259,10 +269,10 @@ class Loop:
         else:
             opened.future.set_result(result)
 
-    def _guarded(self, role: Callable[..., None], *arguments: Any) -> None:
+    def _guarded(self, role: Callable[[], None]) -> None:
         """A thread that dies takes the loop with it: every open shard fails, none hangs."""
         try:
-            role(*arguments)
+            role()
         except BaseException as error:
             logger.error("the loop broke, and every shard in hand fails with it", exc_info=error)
             with self._lock:
@@ -272,6 +282,11 @@ class Loop:
                 self._finish(shard, error)
             for loan in borrowed:
                 loan.fail(error)
+
+
+def _join(threads: Sequence[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join()
 
 
 def _next_chunk(samples: Iterator[Sample], seen: set[int]) -> list[Sample]:
