@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import ray
+from commands import ROOT
 from conftest import noise, settings, shard_members, tar_bytes, write_shards
 
 from pipeline import driver
@@ -97,6 +98,14 @@ def test_a_running_job_can_be_scraped(tmp_path: Path) -> None:
     for each in of_this_run.values():
         for labels, _ in each:
             assert not any("tar" in value for name, value in labels.items() if name in ours)
+
+
+def test_the_dashboard_shows_what_there_is() -> None:
+    dashboard = json.loads((ROOT / "deploy" / "grafana.json").read_text())
+    shown = set(re.findall(r"ray_(pipeline_\w+)", json.dumps([dashboard["panels"], dashboard["templating"]])))
+    assert shown <= {*COUNTERS, *GAUGES, STAGE_SECONDS}
+    assert shown >= {*GAUGES, STAGE_SECONDS, "pipeline_images_total", "pipeline_bytes_total", "pipeline_quarantined_total"}
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
 
 
 @pytest.mark.usefixtures("local_ray")
