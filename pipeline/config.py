@@ -225,7 +225,8 @@ class Run(Section):
     """How the work is done. Nothing but `precision` changes an embedding."""
 
     workers: Annotated[int, Field(ge=1), _NUMBER] | Literal["auto"] = "auto"
-    """Actors: one per GPU of the cluster, else one per CPU node."""
+    """Actors: one per GPU of the cluster, else one per CPU node. For those of a number that do not fit yet the cluster's
+    autoscaler is asked."""
     precision: Precision = "float32"
     """Arithmetic of the forward pass, part of the recipe. Half precisions are stored rounded to float16 values."""
     optimize: Literal["auto", "none", "fold", "compile"] = "auto"
@@ -237,7 +238,10 @@ class Run(Section):
     threads: Annotated[int, Field(ge=1, le=1024), _NUMBER] | Literal["auto"] = "auto"
     """Worker threads of one actor: its share of the node's cores."""
     num_gpus: Annotated[float, Field(gt=0, le=1), _NUMBER] | Literal["auto"] = "auto"
-    """Share of a GPU that one actor takes; `auto` is a whole one where the cluster has GPUs."""
+    """Share of a GPU that one actor takes. `auto`: a whole one where the cluster has GPUs now, else the actors run on CPUs.
+    With a number they run on GPUs only, and the cluster's autoscaler is asked for as many as there are shards to extract."""
+    start_timeout_s: Annotated[float, Field(ge=1), _NUMBER] = 1800.0
+    """The run fails when for so long no actor could be started: nodes and images may take their time."""
     max_failed: Annotated[float, Field(ge=0, le=1), _NUMBER] = 0.01
     """Share of the samples read in this run that may be quarantined; ten always may."""
     max_failed_samples: Annotated[int, Field(ge=0), _NUMBER] | None = None

@@ -38,8 +38,8 @@ from pipeline.source import Source
 from pipeline.storage import Store, join
 
 if TYPE_CHECKING:
-    from pipeline.extract.actors import Result
     from pipeline.extract.pool import Pool
+    from pipeline.extract.scheduler import Result
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,10 @@ class Summary:
     stages: collections.Counter[str] = field(default_factory=collections.Counter)
     actors: list[dict[str, Any]] = field(default_factory=list)
     num_actors_lost: int = 0
+    tail_s: float = 0.0
+    """From the moment that the first actor ran out of work until the last shard was done."""
+    num_lent: int = 0
+    """Images that were computed by another actor than the one whose shard they are of."""
     probe: dict[str, Any] | None = None
     error: str = ""
 
@@ -129,6 +133,8 @@ class Summary:
             "stage_seconds": {name: round(seconds, 3) for name, seconds in sorted(self.stages.items())},
             "actors": self.actors,
             "actors_lost": self.num_actors_lost,
+            "tail_s": round(self.tail_s, 3),
+            "images_lent": self.num_lent,
             "probe": self.probe,
             "error": self.error or None,
         }
@@ -215,13 +221,14 @@ def run(
     start, started_at = time.monotonic(), time.time()
     settings = _absolute(settings)
     wishes = Wishes(allow_removals=allow_removals, retry_quarantined=retry_quarantined)
-    crew = _Crew(settings)
+    run_id = runs.new_id()
+    crew = _Crew(settings, run_id)
     try:
         goal = Goal.of(settings, crew)
     except BaseException:
         crew.close()
         raise
-    summary = Summary(run_id=runs.new_id(), output=settings.output.url, recipe_id=goal.target.recipe.recipe_id)
+    summary = Summary(run_id=run_id, output=settings.output.url, recipe_id=goal.target.recipe.recipe_id)
     summary.started_at = started_at
     try:
         with crew:
@@ -242,9 +249,9 @@ def run(
 class _Crew(contextlib.ExitStack):
     """The actors of a run, from the moment that there is work for them to the last row."""
 
-    def __init__(self, settings: config.Config) -> None:
+    def __init__(self, settings: config.Config, run_id: str) -> None:
         super().__init__()
-        self._settings = settings
+        self._settings, self._run_id = settings, run_id
         self._pool: Pool | None = None
 
     def pool(self) -> Pool:
@@ -254,7 +261,7 @@ class _Crew(contextlib.ExitStack):
 
         if self._pool is None:
             self.enter_context(cluster())
-            self._pool = self.enter_context(Pool(self._settings))
+            self._pool = self.enter_context(Pool(self._settings, self._run_id))
         return self._pool
 
 
@@ -313,6 +320,7 @@ def _extract(goal: Goal, todo: Plan, summary: Summary, crew: _Crew, observer: Ob
             observer.finished(result, pool.num_ready)
     summary.extract_seconds += time.monotonic() - start
     summary.actors, summary.num_actors_lost = pool.seen, pool.num_lost
+    summary.tail_s, summary.num_lent = pool.tail_s, pool.num_lent
     summary.extracted += finished
     return finished
 

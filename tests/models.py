@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import torch
 from torch import nn
@@ -107,6 +108,24 @@ class Greedy(Pooled):
 
 def greedy() -> nn.Module:
     return Greedy(nn.Sequential(nn.Conv2d(3, 32, 7, stride=16), nn.ReLU()))
+
+
+class _Sleepy(nn.Module):
+    """Takes its time for every picture, and leaves the cores and the interpreter lock to others; torch.fx cannot trace it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooled = tiny()
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.005 * len(images_BCHW))
+        pooled_BD: torch.Tensor = self.pooled(images_BCHW)
+        return pooled_BD
+
+
+def sleepy() -> nn.Module:
+    """Five milliseconds a picture, as if on a device of its own; its node is `pooled`."""
+    return _Sleepy()
 
 
 def heavy() -> nn.Module:

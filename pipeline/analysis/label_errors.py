@@ -147,7 +147,7 @@ class _Fold:
         num_classes: int,
     ) -> None:
         train, self._held = np.flatnonzero(~held_J), np.flatnonzero(held_J)
-        axes = logistic.axes(features_ND, rows[train], standardize=True)
+        axes = logistic.axes(features_ND, rows[train], "zscore")
         self._spectrum_P, self._num_classes = axes.spectrum, num_classes
         self._columns_TP, self._columns_HP = axes.apply(features_ND, rows[train]), axes.apply(features_ND, rows[self._held])
         self._target_T, self._target_H = target_J[train], target_J[self._held]
@@ -158,7 +158,7 @@ class _Fold:
 
         target_H = torch.from_numpy(self._target_H)
         found: list[float] = []
-        for values, heads_AKP in self._path(logistic.VALUES_OF_C, logistic.WAVE):
+        for values, heads_AKP in self._path(logistic.VALUES_OF_C):
             loss_A = torch.zeros(len(values), dtype=torch.float64)
             for part, logits_AKH in logistic.logits(self._columns_HP, heads_AKP):
                 loss_A += logistic.losses(logits_AKH.log_softmax(1), target_H[part])
@@ -169,16 +169,13 @@ class _Fold:
 
     def predict(self, C: float, log_JK: NDArray[np.float32]) -> None:
         """Train with one C, and write the log probabilities of the rows held out to their places."""
-        waypoints = logistic.VALUES_OF_C[logistic.WAVE - 1 :: logistic.WAVE]  # as the probe's final fit gets there
-        *_, (_, heads_1KP) = self._path(np.append(waypoints[waypoints < C], C), 1)
-        for part, logits_1KH in logistic.logits(self._columns_HP, heads_1KP):
+        ways = logistic.VALUES_OF_C[logistic.WAVE - 1 :: logistic.WAVE]  # C is reached by larger and larger ones, as in a sweep
+        *_, (_, heads_AKP) = self._path(np.append(ways[ways < C], C))
+        for part, logits_1KH in logistic.logits(self._columns_HP, heads_AKP[-1:]):
             log_JK[self._held[part]] = logits_1KH[0].log_softmax(0).T.numpy()
 
-    def _path(self, values: NDArray[np.float64], wave: int) -> Iterator[tuple[NDArray[np.float64], torch.Tensor]]:
-        for some, heads_AKP, _ in logistic.path(
-            self._columns_TP, self._target_T, self._spectrum_P, self._num_classes, values, wave
-        ):
-            yield some, heads_AKP
+    def _path(self, values: NDArray[np.float64]) -> Iterator[tuple[NDArray[np.float64], torch.Tensor]]:
+        return logistic.path(self._columns_TP, self._target_T, self._spectrum_P, self._num_classes, values)
 
 
 def estimate(log_JK: NDArray[np.float32], target_J: NDArray[np.int64]) -> int:

@@ -25,20 +25,20 @@ import ray
 from pipeline import config
 from pipeline.dataset.partition import Partition, Target
 from pipeline.errors import GuardError, PipelineError
+from pipeline.extract import logs
 from pipeline.extract.carry import KnownRows, Task
+from pipeline.extract.telemetry import Counters
 from pipeline.source import Source
 
 if TYPE_CHECKING:
     from pipeline.extract.backbone import Backbone
+    from pipeline.extract.lending import Answer, Images
     from pipeline.extract.loop import Loop
 
 logger = logging.getLogger(__name__)
 
-SHARDS_IN_FLIGHT = 3
-"""Shards that one actor has in hand: one being read, one to go on with, one whose last rows are still on their way. What
-one lost actor can cost."""
 POLL_S = 5.0
-"""How often the pool looks for nodes that joined or are about to leave, and a compiler whether the loop still measures."""
+"""How often a compiler looks whether the loop still measures."""
 ALARM_S = 1.0
 """How often an actor says that its interpreter is alive."""
 BATCH_SIZES = {"cpu": (8, 16, 32), "cuda": (64, 128, 256, 512)}
@@ -46,15 +46,25 @@ BATCH_SIZES = {"cpu": (8, 16, 32), "cuda": (64, 128, 256, 512)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """What became of one shard."""
+class Loan:
+    """What the pool has to know of what an actor lends."""
 
-    task: Task
+    number: int
+    num_images: int
+    """0 where it has nothing to lend now."""
+    num_bytes_left: int
+    """Of its shards, not read yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What an actor tells of one shard, or of what it did for another actor."""
+
     partition: Partition | None = None
     error: PipelineError | None = None
     """Why there is no partition."""
     stages: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Seconds by stage that the actor spent since its last result."""
+    """Seconds by stage that the actor spent since its last report."""
     chosen: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Program and batch size that the actor has found to be fastest so far."""
 
@@ -62,7 +72,9 @@ class Result:
 class Extractor:
     """The loop in an actor. Device, threads and batch size are decided here, where the hardware is."""
 
-    def __init__(self, settings: config.Config, import_paths: list[str]) -> None:
+    def __init__(self, settings: config.Config, run_id: str, import_paths: list[str]) -> None:
+        logs.set_up(run_id, self.where())
+        self._counters = Counters(run_id, self.where())
         # A model of one's own lies where the driver was started, which is not where Ray starts its workers.
         sys.path.extend(path for path in import_paths if path not in sys.path)
         self._settings = settings
@@ -70,6 +82,10 @@ class Extractor:
         self._building = threading.Lock()
         self._loop: Loop | None = None
         self._why = ""
+
+    def where(self) -> str:
+        """The node that this actor has come to."""
+        return str(ray.get_runtime_context().get_node_id())
 
     def prepare(self) -> None:
         """Import what takes long and build the model, while the driver still plans."""
@@ -138,7 +154,7 @@ class Extractor:
             threading.Thread(target=self._try_to_compile, args=arguments, daemon=True).start()
         return {
             "pid": os.getpid(),
-            "node": ray.get_runtime_context().get_node_id(),
+            "node": self.where(),
             "gpus": [str(gpu) for gpu in gpus],
             "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
             "device": device,
@@ -146,17 +162,54 @@ class Extractor:
             **self._chosen(backbone, self._loop),
         }
 
-    def extract(self, task: Task) -> Result:
+    def extract(self, task: Task) -> Report:
         """Extract one shard. Several calls run at once, so that batches are packed across shards."""
         backbone, loop = self._backbone, self._loop
         assert backbone is not None and loop is not None, "the pool waits for start()"
         partition, error = None, None
+        self._counters.begin()
+        with logs.about(task.shard.url):
+            try:
+                partition = loop.submit(task).result()
+                logger.info("done: %d rows, %d samples in quarantine", partition.num_rows, partition.num_quarantined)
+            except PipelineError as failure:
+                error = failure
+                logger.warning("failed: %s: %s", type(error).__name__, error)
+            except BaseException:
+                self._counters.shard(0, None, {})
+                raise
+        stages = loop.stages.take()
+        self._counters.shard(task.shard.num_bytes, partition, stages)
+        return Report(partition=partition, error=error, stages=stages, chosen=self._chosen(backbone, loop))
+
+    def lend(self, max_images: int) -> tuple[Loan, Images]:
+        """Encoded images for an actor that has nothing left to do; its answer, or None, has to come to `settle`."""
+        assert self._loop is not None, "the pool waits for start()"
+        number, images = self._loop.lender.lend(max_images)
+        return Loan(number=number, num_images=len(images), num_bytes_left=self._loop.num_bytes_left), images
+
+    def embed_for(self, images: Images) -> tuple[Report, Answer]:
+        """Decode and embed what another actor lends.
+
+        Raises:
+            GuardError: the model is not what it was; no row of it may get out.
+        """
+        backbone, loop = self._backbone, self._loop
+        assert backbone is not None and loop is not None, "the pool waits for start()"
+        self._counters.begin()
+        num_images, stages = 0, dict[str, float]()
         try:
-            partition = loop.submit(task).result()
-        except PipelineError as failure:
-            error = failure
-        chosen = self._chosen(backbone, loop)
-        return Result(task=task, partition=partition, error=error, stages=loop.stages.take(), chosen=chosen)
+            answer = loop.embed(images).result()
+            backbone.check_frozen()
+            num_images, stages = len(images), loop.stages.take()
+        finally:
+            self._counters.loan(num_images, stages)
+        return Report(stages=stages, chosen=self._chosen(backbone, loop)), answer
+
+    def settle(self, number: int, answer: Answer | None) -> None:
+        """Take the answer to a loan; None where none will come."""
+        assert self._loop is not None, "the pool waits for start()"
+        self._loop.lender.settle(number, answer)
 
     def _chosen(self, backbone: Backbone, loop: Loop) -> dict[str, Any]:
         from pipeline.extract.backbone import COMPILED
@@ -166,7 +219,7 @@ class Extractor:
             "model": COMPILED if best.program == COMPILED else backbone.program,
             "model_because": self._why,
             "batch_size": best.batch_size,
-            "first_batch_at": loop.first_batch_at,
+            "first_batch_at": loop.lanes.first_batch_at,
         }
 
     def _try_to_compile(self, *arguments: Any) -> None:

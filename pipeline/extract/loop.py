@@ -2,76 +2,48 @@
 
 In: shards. Out: one published partition a shard. Nothing here knows a container format, a store or a device.
 
-    submit ──► fetchers ──► samples ──► workers ──► batches ──► router ──► writers ──► a future a shard
-               read a shard  in chunks  decode into  fixed size  rows back  row groups,
-               as samples    bounded    free slots   padded      to their   publish
-                             in bytes                            partition
+    submit ──► fetchers ──► lanes ──► router ──► writers ──► a future a shard
+               read a shard  decode    rows back  row groups,
+               as samples    and embed to their   publish
+                             (`lanes`) partition
 
-Batches are packed across shard borders. The worker that fills the last slot of a batch launches its forward pass: on a CPU
-that runs there and then, so every core is a lane of its own; on a GPU it is only queued, and the worker goes on decoding.
-A batch that nothing will fill any more is launched as it is. Memory is bounded by the number of batches, the bytes of
-encoded images in a budget of bytes, one row group for each open partition, and 100 bytes for each key of an open shard.
+Memory is bounded by what the lanes hold, one row group for each open partition, and 100 bytes for each key of an open shard;
+while an actor lends work to others, by what `lending` adds.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import functools
+import itertools
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from pipeline.dataset import partition
-from pipeline.dataset.partition import Partition, Quarantined, Target
-from pipeline.errors import SampleError, WorldError
-from pipeline.extract.backbone import Backbone, Pass
-from pipeline.extract.batches import Batch, Batches, ByteBudget
+from pipeline.dataset.partition import Partition, Target
+from pipeline.errors import SampleError
+from pipeline.extract import logs
+from pipeline.extract.backbone import Backbone
 from pipeline.extract.carry import NOTHING_KNOWN, CarriedRows, KnownRows, Task, known_rows
-from pipeline.extract.decode import Decoder
-from pipeline.extract.isolated import IsolatedDecoder
+from pipeline.extract.chunks import CHUNK_SAMPLES, LARGE_IMAGE_BYTES, Chunk
+from pipeline.extract.lanes import Lanes, Results
+from pipeline.extract.lanes import Settings as Settings
+from pipeline.extract.lending import Answer, Borrowed, Images, Lender
 from pipeline.extract.rows import OpenShard, Row, columns
-from pipeline.extract.tune import Tuner, Way
 from pipeline.metrics import Stages
 from pipeline.source import Sample, Source
 
 logger = logging.getLogger(__name__)
 
-CHUNK_SAMPLES = 8
-"""Samples handed to a worker at a time: fewer hand-overs, still many chunks in a batch."""
-QUEUED_BYTES, QUEUED_BYTES_PER_WORKER = 32 << 20, 8 << 20
-"""Encoded images between fetchers and workers."""
-LARGE_IMAGE_BYTES = 2 << 20
-"""An image of this size is handed over alone."""
 NUM_FETCHERS = 2
 """While one waits for a store's first byte the other reads."""
 NUM_WRITERS = 2
 MAX_WAITING_ROWS = 20_000
 """Rows of a shard that wait for an earlier one."""
 WATCH_S = 1.0
-"""How often somebody looks whether a picture is stuck."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What the loop is told besides its parts."""
-
-    decode: str
-    batch_sizes: Sequence[int]
-    """Those to choose from by measurement."""
-    num_workers: int
-    decode_timeout_s: float = 60.0
-    """For one picture."""
-    decode_imports: Sequence[str] = ()
-    """See `IsolatedDecoder`."""
+"""How often somebody looks whether a picture is stuck, or a loan late."""
 
 
 class Loop:
@@ -81,73 +53,90 @@ class Loop:
         self, source: Source, backbone: Backbone, target: Target, settings: Settings, known: KnownRows = NOTHING_KNOWN
     ) -> None:
         self.stages = Stages()
-        self._known = known
-        self._source, self._backbone, self._target, self._settings = source, backbone, target, settings
+        self._source, self._backbone, self._target = source, backbone, target
+        self._num_workers = settings.num_workers
         self._rows_per_group = partition.rows_per_group(backbone.recipe)
 
         self._shards: queue.SimpleQueue[OpenShard | None] = queue.SimpleQueue()
-        self._samples: queue.SimpleQueue[tuple[OpenShard, list[Sample]] | None] = queue.SimpleQueue()
-        self._budget = ByteBudget(QUEUED_BYTES + settings.num_workers * QUEUED_BYTES_PER_WORKER)
-        self._results: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self.tuner = Tuner([Way(backbone.program, size) for size in settings.batch_sizes])
-        # What is computed (on a CPU one a worker, on a GPU one that is copied and one that runs), one that is being filled, one
-        # on its way back.
-        num_computed = settings.num_workers if backbone.device.type == "cpu" else 2
-        self._batches = Batches(backbone, self.tuner, num_computed + 2)
+        self._results: Results = queue.SimpleQueue()
+        self.lanes = Lanes(backbone, settings, known, source.settings.max_pixels, self.stages, self._results)
+        self.tuner = self.lanes.tuner
+        self.lender = Lender(self.lanes, self._results, settings.num_workers, self._rows_per_group)
         self._writing: list[queue.Queue[Callable[[], None] | None]] = [queue.Queue(maxsize=4) for _ in range(NUM_WRITERS)]
-
         self._carried_rows = [CarriedRows(target) for _ in self._writing]
 
         self._lock = threading.Lock()
+        self.num_fetched = self.num_bytes_fetched = 0
+        """Samples, and their encoded bytes, so far."""
         self._open: set[OpenShard] = set()
+        self._borrowed: set[Borrowed] = set()
         self._num_opened = 0
-        self.first_batch_at: float | None = None
-        """Seconds since the epoch when the first batch had been embedded."""
-        self.num_fetched = 0
-        """Samples, and below their encoded bytes, so far."""
-        self.num_bytes_fetched = 0
-        self._num_unread = 0
-        """Shards that were submitted and are not read to their end."""
-        self._num_undecided = 0
-        """Samples that were fetched and have neither a row in a batch nor an error yet."""
         self._failure: BaseException | None = None
-        self._decoding: dict[int, tuple[float, Row]] = {}
-        """By thread: the picture that it has in hand, and since when."""
         self._closed = threading.Event()
 
-        roles = [self._fetch] * NUM_FETCHERS + [self._work] * settings.num_workers + [self._route, self._watch]
-        self._threads = [threading.Thread(target=self._guarded, args=(role,), daemon=True) for role in roles]
-        self._threads += [threading.Thread(target=self._guarded, args=(self._write, q), daemon=True) for q in self._writing]
-        for thread in self._threads:
+        kinds: list[list[Callable[[], None]]] = [
+            [self._fetch] * NUM_FETCHERS,
+            [self.lanes.work] * settings.num_workers,
+            [self._route],
+            [functools.partial(self._write, writing) for writing in self._writing],
+            [self._watch],
+        ]
+        self._threads = [[threading.Thread(target=self._guarded, args=(role,), daemon=True) for role in kind] for kind in kinds]
+        for thread in itertools.chain(*self._threads):
             thread.start()
 
     def submit(self, task: Task) -> Future[Partition]:
         """Extract one shard. The future has its partition, or the error that the shard failed with."""
         with self._lock:
-            opened = OpenShard(task.shard, task.previous, self._num_opened % NUM_WRITERS, task.is_suspect)
+            opened = OpenShard(task.shard, task.previous, self._num_opened % NUM_WRITERS, self._on_rows, task.is_suspect)
             self._open.add(opened)
             self._num_opened += 1
-            self._num_unread += 1
             failure = self._failure
+        self.lanes.expect()
         if failure is not None:
             self._finish(opened, failure)
         self._shards.put(opened)
         return opened.future
 
+    def embed(self, images: Images) -> Future[Answer]:
+        """Decode and embed what another actor lends. The future has its answer, or the error that this loop failed with."""
+        borrowed = Borrowed(len(images))
+        with self._lock:
+            self._borrowed.add(borrowed)
+            failure = self._failure
+        borrowed.future.add_done_callback(lambda _: self._borrowed.discard(borrowed))
+        if failure is not None:
+            borrowed.fail(failure)
+            return borrowed.future
+        self.lanes.expect()
+        for chunk in borrowed.chunks(images):
+            self.lanes.put(chunk)
+        self.lanes.expect_no_more()
+        return borrowed.future
+
+    @property
+    def num_bytes_left(self) -> int:
+        """Of open shards, so far as they have not been read."""
+        with self._lock:
+            return sum(max(0, opened.shard.num_bytes - opened.num_bytes_read) for opened in self._open)
+
     def close(self) -> None:
-        """Stop the threads. Call it when every future is done."""
+        """Stop the threads, each kind when it has done what those before it have left. Call it when every future is done."""
         self._closed.set()
         for _ in range(NUM_FETCHERS):
             self._shards.put(None)
-        for _ in range(self._settings.num_workers):
-            self._samples.put(None)
+        fetchers, workers, router, writers, watch = self._threads
+        _join(fetchers)
+        self.lanes.chunks.close()
+        _join(workers)
         self._results.put(None)
+        _join(router)
         for writing in self._writing:
             writing.put(None)
-        for thread in self._threads:
-            thread.join()
+        _join(writers)
+        _join(watch)
 
-    # The five kinds of threads
+    # The threads, but for the lanes' workers
 
     def _fetch(self) -> None:
         """Read shards as chunks of samples."""
@@ -156,155 +145,44 @@ class Loop:
                 opened = self._shards.get()
             if opened is None:
                 return
-            num_read, seen = 0, set[int]()
-            try:
-                if opened.previous is not None:
-                    with self.stages.time("fetch"):
-                        opened.known = known_rows(self._target, {opened.previous: 0})
-                samples = iter(self._source.read(opened.shard))
-                while True:
-                    with self.stages.time("fetch"):
-                        chunk = _next_chunk(samples, seen)
-                    if not chunk:
-                        break
-                    num_read += len(chunk)
-                    self._hand_over(opened, chunk)
-            except BaseException as error:
-                self._results.put(lambda opened=opened, error=error: self._fail(opened, error))  # type: ignore[misc]
-            else:
-                self._results.put(lambda opened=opened, num=num_read: self._end(opened, num))  # type: ignore[misc]
-            with self._lock:
-                self._num_unread -= 1
-            self._launch_rest()
+            with logs.about(opened.shard.url):
+                self._fetch_shard(opened)
+            self.lanes.expect_no_more()
+
+    def _fetch_shard(self, opened: OpenShard) -> None:
+        num_read, seen = 0, set[int]()
+        try:
+            if opened.previous is not None:
+                with self.stages.time("fetch"):
+                    opened.known = known_rows(self._target, {opened.previous: 0})
+            samples = iter(self._source.read(opened.shard))
+            while True:
+                with self.stages.time("fetch"):
+                    chunk = _next_chunk(samples, seen)
+                if not chunk:
+                    break
+                num_read += len(chunk)
+                self._hand_over(opened, chunk)
+        except BaseException as failure:
+            error = failure
+            self._results.put(lambda: self._fail(opened, error))
+        else:
+            self._results.put(lambda: self._end(opened, num_read))
 
     def _hand_over(self, opened: OpenShard, chunk: list[Sample]) -> None:
         num_bytes = sum(len(sample.image) for sample in chunk)
+        opened.num_bytes_read += num_bytes
         with self._lock:
-            self._num_undecided += len(chunk)
             self.num_fetched += len(chunk)
             self.num_bytes_fetched += num_bytes
-        self._budget.acquire(num_bytes)
-        self._samples.put((opened, chunk))
-
-    def _work(self) -> None:
-        """Decode samples into slots, and launch the batches that are full."""
-        if self._backbone.device.type == "cpu":
-            torch.set_num_threads(1)  # this thread is a lane: a second level of threads would only spin
-        settings, preprocess = self._settings, self._backbone.preprocess
-        fast, max_pixels = settings.decode == "fast", self._source.settings.max_pixels
-        decoder = Decoder(preprocess, fast=fast, max_pixels=max_pixels)
-        isolated = IsolatedDecoder(
-            preprocess,
-            fast=fast,
-            max_pixels=max_pixels,
-            imports=settings.decode_imports,
-            timeout_s=settings.decode_timeout_s,
-        )
-        with torch.inference_mode(), contextlib.closing(isolated):
-            self._work_through_samples(decoder, isolated)
-
-    def _work_through_samples(self, decoder: Decoder, isolated: IsolatedDecoder) -> None:
-        while True:
-            with self.stages.time("no_sample"):
-                item = self._samples.get()
-            if item is None:
-                return
-            opened, chunk = item
-            num_bytes = sum(len(sample.image) for sample in chunk)
-            with self.stages.time("decode"):
-                unknown = self._recognise(opened, chunk)
-            while unknown:
-                with self.stages.time("no_batch"):
-                    slots = self._batches.place(len(unknown))
-                placed, unknown = unknown[: len(slots)], unknown[len(slots) :]
-                with self.stages.time("decode"):
-                    self._decode(isolated if opened.is_suspect else decoder, placed, slots)
-                for batch in dict.fromkeys(batch for batch, _ in slots):
-                    if batch.settle(sum(other is batch for other, _ in slots)):
-                        self._launch(batch)
-            self._budget.release(num_bytes)
-            with self._lock:
-                self._num_undecided -= len(chunk)
-            self._launch_rest()
-
-    def _recognise(self, opened: OpenShard, chunk: list[Sample]) -> list[Row]:
-        """Hash what was read; the rows that have to be computed. Errors and known rows go on from here."""
-        unknown = []
-        known = [rows for rows in (opened.known, self._known) if len(rows)]
-        for sample in chunk:
-            if sample.error is not None:
-                self._refuse(opened, sample, sample.error)
-                continue
-            content_hash = hashlib.sha256(sample.image).hexdigest()[:32]
-            place = next((found for rows in known if (found := rows.find(content_hash))), None) if known else None
-            if place is None:
-                unknown.append(Row(opened, sample, content_hash))
-            else:
-                sample.image = b""
-                row = Row(opened, sample, content_hash, place.width, place.height, place)
-                self._results.put(lambda row=row: self._carried(row))  # type: ignore[misc]
-        return unknown
-
-    def _decode(self, decoder: Decoder | IsolatedDecoder, rows: list[Row], slots: list[tuple[Batch, int]]) -> None:
-        """Give every row its picture in a batch, or an error."""
-        thread = threading.get_ident()
-        for row, (batch, slot) in zip(rows, slots, strict=True):
-            if not row.opened.is_suspect:
-                self._decoding[thread] = (time.monotonic(), row)
-            try:
-                row.width, row.height = decoder(row.sample.image, batch.slots[slot])
-                batch.rows[slot] = row
-            except WorldError:
-                raise
-            except Exception as error:  # the failure budget bounds what this hides
-                self._refuse(row.opened, row.sample, SampleError.of(error))
-            row.sample.image = b""
-        self._decoding.pop(thread, None)
+        rows = [Row(opened, sample) for sample in chunk]
+        self.lanes.put(Chunk(opened, rows, num_bytes, may_be_lent=not opened.is_suspect))
 
     def _watch(self) -> None:
-        """Give the loop up when a picture is stuck: no thread can be ended, but this process can."""
+        """Give the loop up when a picture is stuck, and take back what was lent for too long."""
         while not self._closed.wait(WATCH_S):
-            for since, row in list(self._decoding.values()):
-                if time.monotonic() - since > self._settings.decode_timeout_s:
-                    where = f"{row.opened.shard.url}: the picture {row.sample.key!r} (number {row.sample.index})"
-                    raise TimeoutError(f"{where} takes longer than {self._settings.decode_timeout_s:g} s to decode")
-
-    def _refuse(self, opened: OpenShard, sample: Sample, error: SampleError) -> None:
-        sample.image = b""
-        self._results.put(lambda: self._quarantine(opened, sample, error))
-
-    def _launch(self, batch: Batch) -> None:
-        started: Pass | None = None
-        with self.stages.time("forward"):
-            with contextlib.suppress(torch.OutOfMemoryError):
-                started = self._backbone.launch(batch.images_BHWC, batch.way.program)
-            if started is None:
-                started = self._launch_in_parts(batch)
-        self._results.put(lambda: self._embedded(batch, started))
-
-    def _launch_in_parts(self, batch: Batch) -> Pass:
-        """Compute a batch that does not fit into the device's memory; the next ones will be smaller.
-
-        Raises:
-            torch.OutOfMemoryError: not even a single picture fits.
-        """
-        size, outputs = batch.way.batch_size, dict[str, NDArray[np.float32]]()
-        while size > 1 and not outputs:
-            size = self.tuner.refuse(size)
-            logger.warning("%d pictures at once do not fit into memory, going on with %d", batch.way.batch_size, size)
-            with contextlib.suppress(torch.OutOfMemoryError):
-                parts = [self._backbone.launch(images_BHWC).wait() for images_BHWC in torch.split(batch.images_BHWC, size)]
-                outputs = {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
-        if not outputs:
-            raise torch.OutOfMemoryError("a single picture does not fit into the device's memory")
-        return Pass(lambda: outputs, lambda: 0.0)
-
-    def _launch_rest(self) -> None:
-        """Launch the open batch when nothing that is on its way could fill it."""
-        with self._lock:
-            idle = self._num_unread == 0 and self._num_undecided == 0
-        if idle and (batch := self._batches.seal()) is not None:
-            self._launch(batch)
+            self.lanes.check_decoders()
+            self.lender.take_back_late()
 
     def _route(self) -> None:
         """Bring results back to their partitions. Only this thread touches what an open partition has collected."""
@@ -325,62 +203,21 @@ class Loop:
             with self.stages.time("write"):
                 job()
 
-    # What comes back, run by the router
-
-    def _embedded(self, batch: Batch, started: Pass) -> None:
-        # Copied, so that nothing that lives on lies among the large blocks of the forward pass (see `Decoder`).
-        outputs = {column: values_BD.copy() for column, values_BD in started.wait().items()}
-        seconds = started.seconds()
-        self.tuner.record(batch.way, seconds)
-        if self._backbone.device.type != "cpu":
-            self.stages.add("device", seconds)
-        self.first_batch_at = self.first_batch_at or time.time()
-        refusals_B = self._backbone.refusals(outputs)
-        touched: dict[OpenShard, None] = {}
-        for slot, row in enumerate(batch.rows):
-            if row is None or row.opened.closed:
-                continue
-            if (refusal := refusals_B[slot]) is None:
-                row.embeddings = {column: values_BD[slot] for column, values_BD in outputs.items()}
-                row.opened.rows[row.sample.index] = row
-                touched[row.opened] = None
-            else:
-                self._quarantine(row.opened, row.sample, refusal)
-        self._batches.free(batch)
-        for opened in touched:
-            self._flush(opened)
-
-    def _carried(self, row: Row) -> None:
-        if not row.opened.closed:
-            row.opened.rows[row.sample.index] = row
-            row.opened.num_carried_over += 1
-            self._flush(row.opened)
-
-    def _quarantine(self, opened: OpenShard, sample: Sample, error: SampleError) -> None:
-        if opened.closed:
-            return
-        opened.quarantine.append(
-            Quarantined(
-                key=sample.key, shard=opened.shard.url, index=sample.index, offset=sample.offset,
-                stage=error.stage, error=error.error, message=error.message[:500],
-            )
-        )  # fmt: skip
-        opened.rows[sample.index] = None
-        self._flush(opened)
+    # What becomes of rows, run by the router
 
     def _end(self, opened: OpenShard, num_read: int) -> None:
         opened.num_read = num_read
-        self._flush(opened)
+        opened.flush()
 
-    def _flush(self, opened: OpenShard) -> None:
+    def _on_rows(self, opened: OpenShard) -> None:
         """Hand the rows that are complete and in order to the writer; the rest when the shard is complete."""
         opened.collect()
-        if len(opened.rows) > MAX_WAITING_ROWS and (batch := self._batches.seal()) is not None:
-            self._launch(batch)  # rows that were carried over pile up behind one that waits for its batch to fill
+        if len(opened.rows) > MAX_WAITING_ROWS:
+            self.lanes.launch_open()  # rows that were carried over pile up behind one that waits for its batch to fill
         while len(opened.ordered) >= self._rows_per_group:
             group, opened.ordered = opened.ordered[: self._rows_per_group], opened.ordered[self._rows_per_group :]
             self._in_writer(opened, lambda group=group: self._write_group(opened, group))  # type: ignore[misc]
-        if opened.num_read is not None and opened.next_index == opened.num_read and not opened.closed:
+        if opened.num_read is not None and opened.next_index == opened.num_read:
             opened.closed = True
             self._in_writer(opened, lambda: self._publish(opened))
 
@@ -393,7 +230,8 @@ class Loop:
         def guarded() -> None:
             if not opened.future.done():
                 try:
-                    job()
+                    with logs.about(opened.shard.url):
+                        job()
                 except BaseException as error:
                     self._finish(opened, error)
 
@@ -431,16 +269,24 @@ class Loop:
         else:
             opened.future.set_result(result)
 
-    def _guarded(self, role: Callable[..., None], *arguments: Any) -> None:
+    def _guarded(self, role: Callable[[], None]) -> None:
         """A thread that dies takes the loop with it: every open shard fails, none hangs."""
         try:
-            role(*arguments)
+            role()
         except BaseException as error:
+            logger.error("the loop broke, and every shard in hand fails with it", exc_info=error)
             with self._lock:
                 self._failure = error
-                opened = list(self._open)
-            for each in opened:
-                self._finish(each, error)
+                opened, borrowed = list(self._open), list(self._borrowed)
+            for shard in opened:
+                self._finish(shard, error)
+            for loan in borrowed:
+                loan.fail(error)
+
+
+def _join(threads: Sequence[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join()
 
 
 def _next_chunk(samples: Iterator[Sample], seen: set[int]) -> list[Sample]:

@@ -1,4 +1,4 @@
-"""A shard's rows on their way into its partition: collected in any order, written in the shard's.
+"""Rows on their way: a shard's into its partition, collected in any order, written in the shard's.
 
 Knows nothing of threads, batches or devices: the loop decides who calls what, and only its router touches what was collected.
 """
@@ -7,29 +7,64 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.dataset import partition
 from pipeline.dataset.partition import Partition, PartitionWriter, Quarantined, Target
-from pipeline.errors import GuardError
+from pipeline.errors import GuardError, SampleError
 from pipeline.extract.carry import NOTHING_KNOWN, KnownRows, Place
 from pipeline.source import Sample, Shard
 from pipeline.storage import join
 
 
+class Home(Protocol):
+    """What rows belong to. Only the router touches what it has collected."""
+
+    known: KnownRows
+    """Rows that need not be computed, besides those that all homes know."""
+    is_suspect: bool
+    """See `Task`."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def num_waiting(self) -> int:
+        """Rows that cannot go on because an earlier one is missing."""
+        ...
+
+    def wants(self, sample: Sample) -> bool:
+        """Whether it does not know yet what becomes of a sample."""
+        ...
+
+    def add(self, row: Row) -> None:
+        """Take a row that has its embeddings, or the place where they lie; the first one of a sample counts."""
+        ...
+
+    def refuse(self, sample: Sample, error: SampleError) -> None:
+        """Take note that there is no row, unless there is one."""
+        ...
+
+    def flush(self) -> None:
+        """Pass on what is complete."""
+        ...
+
+
 @dataclass(slots=True)
 class Row:
-    """A sample on its way to its partition."""
+    """A sample on its way to its home."""
 
-    opened: OpenShard
+    home: Home
     sample: Sample
-    content_hash: str
+    content_hash: str = ""
     width: int = 0
     height: int = 0
     place: Place | None = None
@@ -45,8 +80,9 @@ class OpenShard:
     shard: Shard
     previous: str | None
     writer_number: int
+    on_rows: Callable[[OpenShard], None]
+    """Called when rows have come."""
     is_suspect: bool = False
-    """See `Task`."""
     future: Future[Partition] = field(default_factory=Future)
     known: KnownRows = NOTHING_KNOWN
     rows: dict[int, Row | None] = field(default_factory=dict)
@@ -55,12 +91,49 @@ class OpenShard:
     quarantine: list[Quarantined] = field(default_factory=list)
     num_carried_over: int = 0
     next_index: int = 0
+    num_bytes_read: int = 0
     num_read: int | None = None
     closed: bool = False
     writer: PartitionWriter | None = None
     path: str = ""
     _upload: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _file: Any = None
+
+    @property
+    def name(self) -> str:
+        """See `Home`."""
+        return self.shard.url
+
+    @property
+    def num_waiting(self) -> int:
+        """See `Home`."""
+        return len(self.rows)
+
+    def wants(self, sample: Sample) -> bool:
+        """See `Home`."""
+        return not self.closed and sample.index >= self.next_index and sample.index not in self.rows
+
+    def add(self, row: Row) -> None:
+        """See `Home`."""
+        if self.wants(row.sample):
+            self.rows[row.sample.index] = row
+            self.num_carried_over += row.place is not None
+
+    def refuse(self, sample: Sample, error: SampleError) -> None:
+        """See `Home`."""
+        if self.wants(sample):
+            self.rows[sample.index] = None
+            self.quarantine.append(
+                Quarantined(
+                    key=sample.key, shard=self.shard.url, index=sample.index, offset=sample.offset,
+                    stage=error.stage, error=error.error, message=error.message[:500],
+                )
+            )  # fmt: skip
+
+    def flush(self) -> None:
+        """See `Home`."""
+        if not self.closed:
+            self.on_rows(self)
 
     def collect(self) -> None:
         """Move the rows that continue the order."""

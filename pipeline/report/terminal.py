@@ -19,12 +19,13 @@ from pipeline import metrics
 from pipeline.errors import printable
 
 if TYPE_CHECKING:
-    from pipeline.extract.actors import Result
+    from pipeline.extract.scheduler import Result
     from pipeline.plan import Plan
 
 LINE_EVERY_S = 10.0
 MAX_CELL = 48
 """Characters of a table's cell that comes from data."""
+BAR_EVERY_S = 0.1
 
 
 class Watch:
@@ -77,16 +78,19 @@ class Watch:
             self._num_quarantined += result.partition.num_quarantined
         else:
             self._num_failed += 1
-        rate = self._num_images / max(now - self._start, 1e-9)
         self._stages.update(result.stages)
+        every_s = LINE_EVERY_S if self._bar is None else BAR_EVERY_S
+        if now - self._last_line < every_s and self._num_done < self._num_shards:
+            return  # a million shards are more than anybody reads
+        self._last_line = now
+        rate = self._num_images / max(now - self._start, 1e-9)
         state = f"{self._num_images:,} images, {rate:,.0f}/s, {self._num_quarantined} quarantined, {num_actors} actors"
         state += f", bound by {metrics.bound_by(self._stages)} ({shares(metrics.busy(self._stages))})"
         if self._num_failed:
             state += f", {self._num_failed} shards failed"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._num_done, description=state)
-        elif now - self._last_line >= LINE_EVERY_S or self._num_done == self._num_shards:
-            self._last_line = now
+        else:
             left = (now - self._start) * (self._bytes_total - self._bytes_done) / max(self._bytes_done, 1)
             self.note(f"{self._num_done}/{self._num_shards} shards, {state}, about {duration(left)} left")
 
@@ -163,6 +167,9 @@ def show_run(summary: dict[str, Any]) -> None:
     if summary["bound_by"]:
         rows.append(("bound by", f"{summary['bound_by']} ({shares(summary['busy'])})"))
         rows.append(("", metrics.ADVICE[summary["bound_by"]]))
+    if summary["images_lent"]:
+        helped = f"helped with {summary['images_lent']:,} images of the last shards"
+        rows.append(("tail", f"{duration(summary['tail_s'])}, in which actors without a shard {helped}"))
     if summary["version"] is None:
         rows.append(("dataset", f"{output}: no version yet"))
     else:

@@ -111,14 +111,7 @@ class Cluster(Helper):
 
     def __init__(self, logs: Path) -> None:
         env = {
-            # A token of its own: nobody else on this machine can run code here.
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            # Means here: 127.0.0.1 stays what it is, for the cluster and for what connects to it.
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            # Actors are as nice as the rest of the run.
-            "RAY_worker_niceness": "0",
+            **private(),
             # A node that was killed is found dead after 15 s otherwise.
             "RAY_health_check_initial_delay_ms": "1000",
             "RAY_health_check_period_ms": "300",
@@ -163,6 +156,40 @@ class Cluster(Helper):
     def actors(self) -> list[psutil.Process]:
         """Processes that run an `Extractor`. Those of a driver that was killed are among them for a moment."""
         return actors_below(self._raylets)
+
+
+class Autoscaled(Helper):
+    """A head without CPUs, and Ray's autoscaler, which adds nodes of one CPU and one GPU where they are asked for."""
+
+    def __init__(self, logs: Path) -> None:
+        env = private()
+        super().__init__("autoscaling_process.py", logs, env)
+        self.env = {**env, "RAY_ADDRESS": ""}
+        """What a driver needs to connect."""
+        try:
+            self.env["RAY_ADDRESS"] = self.hear(START_TIMEOUT_S)["address"]
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes that there are now, besides the head."""
+        return int(self.ask(do="nodes")["nodes"])
+
+
+def private() -> dict[str, str]:
+    """Environment of a cluster that nobody else on this machine has to do with."""
+    return {
+        # A token of its own: nobody else can run code here.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Means here: 127.0.0.1 stays what it is, for the cluster and for what connects to it.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Actors are as nice as the rest of the run.
+        "RAY_worker_niceness": "0",
+    }
 
 
 def actors_below(parents: Sequence[int]) -> list[psutil.Process]:
