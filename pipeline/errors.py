@@ -5,7 +5,8 @@ PipelineError
 │   ├── ConfigError        a field of the config: names field, value and what is allowed
 │   ├── SourceError        the source is not there, is empty, or is not of the named format
 │   ├── BackboneError      no such model, weights or node
-│   └── DatasetError       no dataset there, or one that this version cannot read
+│   ├── DatasetError       no dataset there, or one that this version cannot read
+│   └── ClusterError       no Ray cluster there, or one that does not take the job
 ├── WorldError           what the world did: exit code 1
 │   ├── StorageError       the store refused or failed, after the retries that made sense
 │   ├── ShardError         one shard cannot be read: names the shard; the others go on
@@ -51,6 +52,10 @@ class BackboneError(UserError):
 
 class DatasetError(UserError):
     """There is no dataset at this place, or its format is newer than this program."""
+
+
+class ClusterError(UserError):
+    """There is no Ray cluster at this address, or it does not take the job."""
 
 
 class WorldError(PipelineError):

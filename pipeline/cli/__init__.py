@@ -14,12 +14,13 @@ from collections.abc import Callable
 
 import typer
 
-from pipeline.cli import dataset, run, setup
+from pipeline.cli import dataset, run, setup, submit
 from pipeline.cli.common import PlainFormatter
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     run.run,
     run.plan,
+    submit.submit,
     dataset.status,
     dataset.diff,
     dataset.vacuum,

@@ -19,7 +19,7 @@ import secrets
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -36,12 +36,12 @@ NUM_NODES = 2
 class Helper:
     """One such process. Its requests may come from any thread; what it prints goes to a log."""
 
-    def __init__(self, script: str, logs: Path, env: dict[str, str] | None = None) -> None:
+    def __init__(self, script: str, logs: Path, env: dict[str, str] | None = None, arguments: Sequence[str] = ()) -> None:
         path = os.pathsep.join([str(ROOT), str(TESTS)])
         with open(logs / f"{script}.log", "ab") as log:
             self._process = subprocess.Popen(
                 # -P: what lies beside the script is no module of a driver's.
-                [sys.executable, "-P", str(FOLDER / script)],
+                [sys.executable, "-P", str(FOLDER / script), *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -107,13 +107,23 @@ class Helper:
 
 
 class Cluster(Helper):
-    """A head without CPUs, which drivers connect to, and `NUM_NODES` nodes of one CPU: one actor on each."""
+    """A head without CPUs, which drivers connect to, and `NUM_NODES` nodes of one CPU: one actor on each.
 
-    def __init__(self, logs: Path) -> None:
+    Args:
+        logs: folder for what it prints, and for its token.
+        env: more for the environment of its processes.
+        arguments: of `cluster_process.py`.
+    """
+
+    def __init__(self, logs: Path, env: Mapping[str, str] | None = None, arguments: Sequence[str] = ()) -> None:
+        self.token_path = logs / "auth_token"
+        """A token of its own: nobody else on this machine can run code here."""
+        self.token_path.write_text(secrets.token_hex(32))
+        self.token_path.chmod(0o600)
         env = {
-            # A token of its own: nobody else on this machine can run code here.
+            **(env or {}),
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_AUTH_TOKEN_PATH": str(self.token_path),
             "RAY_USAGE_STATS_ENABLED": "0",
             # Means here: 127.0.0.1 stays what it is, for the cluster and for what connects to it.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -125,7 +135,7 @@ class Cluster(Helper):
             "RAY_health_check_timeout_ms": "3000",
             "RAY_health_check_failure_threshold": "3",
         }
-        super().__init__("cluster_process.py", logs, env)
+        super().__init__("cluster_process.py", logs, env, arguments)
         self._raylets: list[int] = []
         self.env = {**env, "RAY_ADDRESS": ""}
         """What a driver needs to connect."""
