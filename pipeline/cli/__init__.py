@@ -9,6 +9,7 @@ A new command is a function in one of the modules here, and its name in `COMMAND
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -45,5 +46,5 @@ def main() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    sys.path.insert(0, "")  # python/module:function finds modules of the working directory, as `python -m` would
+    sys.path.insert(0, os.getcwd())  # python/module:function finds modules of the working directory, as `python -m` would
     app()

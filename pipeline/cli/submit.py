@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import re
 import shlex
@@ -180,11 +181,10 @@ def _connect(address: str | None) -> JobSubmissionClient:
     if not re.match(r"https?://\w", url):
         raise ClusterError(f"--address {url}: give the URL of the cluster's dashboard, for example {DEFAULT_ADDRESS}")
     os.environ["RAY_API_SERVER_ADDRESS"] = url  # which Ray would otherwise prefer to what it is told
-    import logging
-
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it warns of what is an error one line later
+    for handler in logging.getLogger("ray").handlers:
+        handler.setLevel(logging.ERROR)  # it tells of every upload, and warns of what is an error one line later
     with _one_line(url):
         return JobSubmissionClient(url)
 
@@ -201,7 +201,7 @@ def _one_line(address: str) -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
-        what = "wants a token" if "required" in str(error) else "does not know this token"
+        what = "does not know this token" if "failed" in str(error) else "wants a token"
         raise ClusterError(
             f"{address}: the cluster {what}; RAY_AUTH_TOKEN_PATH names a file with the one that it was started with, "
             f"default ~/.ray/auth_token (`ray get-auth-token` prints it on the head node)"
@@ -287,7 +287,7 @@ class _Shown:
     def add(self, text: str) -> None:
         """Show more."""
         self.num_chars += len(text)
-        typer.echo(printable(text), err=True, nl=False)
+        typer.echo(printable(text.expandtabs()), err=True, nl=False)
 
 
 def _last_object(log: str) -> dict[str, Any] | None:

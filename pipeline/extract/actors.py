@@ -24,7 +24,7 @@ import ray
 
 from pipeline import config
 from pipeline.dataset.partition import Partition, Target
-from pipeline.errors import GuardError, PipelineError
+from pipeline.errors import ClusterError, GuardError, PipelineError
 from pipeline.extract.carry import KnownRows, Task
 from pipeline.source import Source
 
@@ -239,7 +239,11 @@ def cluster() -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
     quiet: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, configure_logging=False, **quiet)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, configure_logging=False, **quiet)
+    except ConnectionError as error:
+        cause = str(error.__cause__ or error).strip().splitlines()[-1]
+        raise ClusterError(f"RAY_ADDRESS: {address!r} is no Ray cluster, or does not know this token: {cause}") from None
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -46,12 +47,15 @@ def main() -> None:
         head |= {"dashboard_agent_listen_port": arguments.agent}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes: dict[int, Any] = {}
+    numbers = itertools.count(1)
     try:
         tell(address=cluster.address)
         for line in sys.stdin:
             request = json.loads(line)
             if request["do"] == "add":
-                node = cluster.add_node(num_cpus=arguments.cpus, num_gpus=arguments.gpus, **SETTINGS)
+                # A folder of its own, as on a machine of its own: a job's files are unpacked there.
+                folder = os.path.join(os.environ["RAY_TMPDIR"], str(next(numbers)))
+                node = cluster.add_node(num_cpus=arguments.cpus, num_gpus=arguments.gpus, temp_dir=folder, **SETTINGS)
                 raylet = node.all_processes["raylet"][0].process
                 nodes[raylet.pid] = node
                 tell(raylet=raylet.pid)

@@ -18,6 +18,7 @@ import queue
 import secrets
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -120,7 +121,10 @@ class Cluster(Helper):
         """A token of its own: nobody else on this machine can run code here."""
         self.token_path.write_text(secrets.token_hex(32))
         self.token_path.chmod(0o600)
+        self._ray_folder = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
         env = {
+            # Jobs find their cluster by a file there, which in /tmp/ray would be the one that was started last.
+            "RAY_TMPDIR": self._ray_folder.name,
             **(env or {}),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token_path),
@@ -145,6 +149,10 @@ class Cluster(Helper):
         except BaseException:
             self.close()
             raise
+
+    def close(self) -> None:
+        super().close()
+        self._ray_folder.cleanup()
 
     @property
     def num_nodes(self) -> int:
