@@ -33,7 +33,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 """Where the dashboard of a cluster on this machine listens, and `kubectl port-forward` or `ray dashboard` by default."""
 PATIENCE_S = 300.0
 """For a cluster that does not answer while its job is followed: forwarded ports break, and come back."""
-RETRY_S = 2.0
+RETRY_S = 1.0
 
 _SECRET = re.compile(r"(^|_)(key|secret|token|password|credentials?|connection_string|access_key_id)$")
 
@@ -229,7 +229,7 @@ def _outcome(client: JobSubmissionClient, job: str, as_json: bool) -> dict[str, 
         WorldError: it can no longer be followed.
     """
     try:
-        details = _follow(client, job)
+        details, log = _follow(client, job)
     except KeyboardInterrupt:
         raise WorldError(f"{job} goes on; `ray job logs --follow {job}` shows its log") from None
     code = details.driver_exit_code if details.status == "FAILED" else 0 if details.status == "SUCCEEDED" else 1
@@ -238,27 +238,30 @@ def _outcome(client: JobSubmissionClient, job: str, as_json: bool) -> dict[str, 
         outcome["error"] = str(details.message).strip().splitlines()[-1] if details.message else "the job could not be started"
         _say(f"error: {outcome['error']}")
     if as_json:
-        outcome["run"] = _last_object(client.get_job_logs(job))
+        outcome["run"] = _last_object(log)
     else:
         typer.echo(f"{job} {outcome['status'].lower()}")
     return outcome
 
 
-def _follow(client: JobSubmissionClient, job: str) -> JobDetails:
-    """Show the log as it grows, over as many connections as it takes; the job's details when it has ended."""
+def _follow(client: JobSubmissionClient, job: str) -> tuple[JobDetails, str]:
+    """Show the log as it grows, over as many connections as it takes; the job's details and its log when it has ended."""
     import aiohttp
     import requests
 
-    shown = _Shown()
+    shown, silent_since = _Shown(), 0.0
     while True:
         try:
-            asyncio.run(shown.follow(client, job))
             details = client.get_job_info(job)
+            silent_since = 0.0
             if details.status.is_terminal():
-                shown.add(client.get_job_logs(job)[shown.num_chars :])
-                return details
+                log = client.get_job_logs(job)
+                shown.add(log[shown.num_chars :])
+                return details, log
+            asyncio.run(shown.follow(client, job))
         except (OSError, RuntimeError, aiohttp.ClientError, requests.RequestException) as error:
-            if time.monotonic() - shown.last > PATIENCE_S:
+            silent_since = silent_since or time.monotonic()
+            if time.monotonic() - silent_since > PATIENCE_S:
                 raise WorldError(
                     f"{client.get_address()} does not answer any more ({type(error).__name__}); {job} may go on: "
                     f"`ray job status {job}`"
@@ -271,18 +274,14 @@ class _Shown:
 
     def __init__(self) -> None:
         self.num_chars = 0
-        self.last = time.monotonic()
-        """When the cluster last answered."""
 
     async def follow(self, client: JobSubmissionClient, job: str) -> None:
         """Show what one connection brings beyond what was shown."""
         place = 0
         async for text in client.tail_job_logs(job):
             place += len(text)
-            self.last = time.monotonic()
             if place > self.num_chars:
                 self.add(text[-(place - self.num_chars) :])
-        self.last = time.monotonic()
 
     def add(self, text: str) -> None:
         """Show more."""

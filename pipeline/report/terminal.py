@@ -57,7 +57,7 @@ class Watch:
         self.note(plan_line(plan))
         if not plan.extract:
             return
-        self._start = time.monotonic()
+        self._start = self._last_line = time.monotonic()
         self._num_images, self._num_done, self._num_shards = 0, 0, len(plan.extract)
         self._bytes_done, self._bytes_total = 0, plan.num_bytes
         if self._console.is_terminal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import yaml
 from bucket import Bucket
 from commands import start
@@ -18,7 +20,8 @@ from conftest import noise
 from faults import FaultProxy, Request, Rule, hold
 from s3 import S3Server
 
-from pipeline import config, driver
+import pipeline
+from pipeline import config, driver, stopping
 from pipeline.storage import Store
 
 NUM_SHARDS, NUM_FREE = 12, 3
@@ -37,11 +40,11 @@ def test_what_was_finished_is_kept_and_a_second_signal_ends_it_at_once(s3: S3Ser
         family = stop(process, lambda: partitions(bucket) == NUM_FREE)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 1, err
-        said = f"stopped; {NUM_FREE} finished shards wait for the next run, which adopts them; nothing was committed"
-        assert err.splitlines()[-1] == f"error: {said}"
         report = json.loads(out.splitlines()[-1])
+        num_known = report["shards"]["extracted"]  # of the last ones the driver may not have heard yet
+        said = f"stopped; {num_known} finished shards wait for the next run, which adopts them; nothing was committed"
+        assert err.splitlines()[-1] == f"error: {said}"
         assert (report["error"], report["committed"], report["version"]) == (said, False, None)
-        assert report["shards"]["extracted"] == NUM_FREE
         (saved,) = driver.runs(Store(config.Storage(**bucket.storage)), bucket.output)
         assert saved["error"] == said
         assert not psutil.wait_procs(family, timeout=30)[1], "the Ray that it started ends with it"
@@ -56,8 +59,35 @@ def test_what_was_finished_is_kept_and_a_second_signal_ends_it_at_once(s3: S3Ser
         _, err = process.communicate(timeout=30)
         assert process.returncode == -signal.SIGTERM
         assert f"Plan: {NUM_SHARDS - NUM_FREE} shards to extract" in err and f"{NUM_FREE} to adopt" in err
-        assert said in err, "said at once, before anything could hang"
+        assert f"stopped; {NUM_FREE} finished shards" in err, "said at once, before anything could hang"
         assert partitions(bucket) == NUM_FREE
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_commit_that_has_begun_is_finished_and_told_of(s3: S3Server) -> None:
+    with FaultProxy(s3.endpoint_url) as proxy:
+        bucket, go = Bucket(s3, proxy.endpoint_url), threading.Event()
+        bucket.fill(noise(2), 2)
+        proxy.add(Rule(is_commit, hold(go), times=1))
+
+        def strike() -> None:
+            until(lambda: any(is_commit(request) for request in proxy.requests))
+            os.kill(os.getpid(), signal.SIGTERM)
+            go.set()
+
+        thread = threading.Thread(target=strike)
+        thread.start()
+        with stopping.stoppable(), pytest.raises(KeyboardInterrupt) as stopped:
+            driver.run(bucket.config())
+        thread.join()
+        summary = stopped.value.summary  # type: ignore[attr-defined]
+        assert (summary.committed, summary.version) == (True, 0)
+        assert summary.error == "stopped after version 0 was committed"
+        assert len(pipeline.open_dataset(bucket.output, storage=config.Storage(**bucket.storage))) == 2
+
+
+def is_commit(request: Request) -> bool:
+    return request.method == "PUT" and "/_delta_log/" in request.path
 
 
 def is_read(request: Request) -> bool:

@@ -7,8 +7,10 @@ all actors are at work.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sysconfig
 import threading
@@ -46,7 +48,7 @@ class Site:
     """The cluster, and how to submit to it."""
 
     def __init__(self, cluster: Cluster, dashboard: int) -> None:
-        self.cluster, self.address = cluster, f"http://127.0.0.1:{dashboard}"
+        self.cluster, self.dashboard, self.address = cluster, dashboard, f"http://127.0.0.1:{dashboard}"
         self.env = {"RAY_AUTH_TOKEN_PATH": str(cluster.token_path), "RAY_ADDRESS": self.address}
         self._started: list[subprocess.Popen[str]] = []
 
@@ -67,6 +69,47 @@ class Site:
         env = {**os.environ, **self.env, "RAY_AUTH_MODE": "token"}
         command = [f"{sysconfig.get_path('scripts')}/ray", "job", "stop", "--no-wait", job]
         subprocess.run(command, env=env, check=True, capture_output=True, timeout=TIMEOUT_S)
+
+
+class Forwarder:
+    """A forwarded port, as `kubectl port-forward` makes it, that can break."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets: list[socket.socket] = []
+        self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._target))
+                self._sockets += [near, far]
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=self._copy, args=(source, sink), daemon=True).start()
+
+    @staticmethod
+    def _copy(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while block := source.recv(65536):
+                sink.sendall(block)
+            sink.shutdown(socket.SHUT_WR)
+
+    def cut(self) -> int:
+        """Break all connections that there are; how many were open."""
+        broken, self._sockets = self._sockets, []
+        for each in broken:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        return len(broken)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
 
 
 class Gate:
@@ -185,7 +228,7 @@ def test_a_job_that_is_stopped_and_a_node_that_dies_cost_nothing(
     same_rows(bucket, expected)
 
 
-def test_two_refreshes_at_once_double_no_row(
+def test_two_refreshes_at_once_double_no_row_and_a_broken_connection_is_made_anew(
     site: Site, bucket: Bucket, proxy: FaultProxy, expected: Contents, tmp_path: Path
 ) -> None:
     for name in LATER:
@@ -193,13 +236,21 @@ def test_two_refreshes_at_once_double_no_row(
     bucket.remove("000")
     path = written(bucket, proxy, tmp_path)
     gate = Gate(proxy)
-    processes = [site.submit(path, "--set", "run.workers=1") for _ in range(2)]
+    forwarder = Forwarder(site.dashboard)
+    first = site.submit(path, "--set", "run.workers=1")
+    second = site.submit(path, "--set", "run.workers=1", "--address", forwarder.address)
     gate.wait_for(2 * FETCHERS)
+    assert forwarder.cut()
     gate.open()
-    reports = [ended(process, 0)[0]["run"] for process in processes]
+    (one, _), (other, log) = ended(first, 0), ended(second, 0)
+    forwarder.close()
+    reports = [one["run"], other["run"]]
     assert sorted(report["committed"] for report in reports) == [False, True]
     assert [report["images"]["total"] for report in reports] == [(NUM_SHARDS - 1 + len(LATER)) * PER_SHARD] * 2
     same_rows(bucket, {name: shard for name, shard in expected.items() if name != "000"}, LATER)
+    lines = log.splitlines()
+    assert len(set(lines)) == len(lines), "no line twice"
+    assert sum(f" Plan: {len(LATER)} shards to extract" in line for line in lines) == 1
 
 
 def test_a_run_that_fails_gives_its_exit_code(site: Site, bucket: Bucket, proxy: FaultProxy, tmp_path: Path) -> None:
