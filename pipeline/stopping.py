@@ -37,39 +37,47 @@ def held_back() -> Iterator[None]:
         _let_the_next_one_end_us()
         arrived.append(number)
 
-    with _handled_by(note):
-        yield
-    for number in arrived:
-        signal.raise_signal(number)
+    try:
+        with _handled_by(note):
+            yield
+    finally:  # also where the block failed: who was told to stop may not try again
+        for number in arrived:
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager
 def despite_ray() -> Iterator[None]:
-    """Around `ray.init`, which makes SIGTERM a `SystemExit` of its own for good: here it is what it was before."""
-    with _handled_by(None):
-        try:
-            yield
-        except SystemExit as error:
-            raise KeyboardInterrupt(signal.Signals.SIGTERM.name) from error
+    """Around `ray.init`, which makes SIGTERM a `SystemExit` of its own for good: a handler that was there before stays."""
+    before = _handlers()
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt(signal.Signals.SIGTERM.name) from error
+    finally:
+        _set({number: handler for number, handler in before.items() if handler is not signal.SIG_DFL})
 
 
 @contextlib.contextmanager
-def _handled_by(handler: Callable[[int, Any], None] | None) -> Iterator[None]:
-    """Set a handler, and bring the earlier ones back. Only the main thread may; elsewhere nothing is done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+def _handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    before = _handlers()
     try:
-        if handler is not None:
-            for number in STOP_SIGNALS:
-                signal.signal(number, handler)
+        _set(dict.fromkeys(before, handler))
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        _set(before)
+
+
+def _handlers() -> dict[int, Any]:
+    """Only the main thread can set any: elsewhere there are none, and nothing is done."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+
+def _set(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def _let_the_next_one_end_us() -> None:
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+    _set(dict.fromkeys(STOP_SIGNALS, signal.SIG_DFL))

@@ -11,6 +11,7 @@ import pytest
 from commands import ROOT
 
 from pipeline import stopping
+from pipeline.errors import CommitConflict
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -29,31 +30,37 @@ def test_the_first_one_raises_and_the_second_one_would_end_us(number: signal.Sig
     assert handlers() == before
 
 
-def test_what_is_held_back_happens_behind_the_block() -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_held_back_happens_behind_the_block(fails: bool) -> None:
     done = []
 
     def commit() -> None:
         with stopping.held_back():
             signal.raise_signal(signal.SIGTERM)
             done.append("the commit")
+            if fails:
+                raise CommitConflict("another run committed first")
 
     with stopping.stoppable(), pytest.raises(KeyboardInterrupt):
         commit()
     assert done == ["the commit"]
 
 
-def test_ray_leaves_sigterm_as_it_was() -> None:
-    def ray_init(is_stopped: bool) -> None:
+def test_ray_leaves_a_handler_as_it_was() -> None:
+    def ray_init(is_stopped: bool = False) -> None:
         with stopping.despite_ray():
             signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
             if is_stopped:
                 signal.raise_signal(signal.SIGTERM)
 
     before = handlers()
-    ray_init(False)
-    assert handlers() == before
-    with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
-        ray_init(True)
+    with stopping.stoppable():
+        ours = handlers()
+        ray_init()
+        assert handlers() == ours
+        with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+            ray_init(is_stopped=True)
+        assert handlers() == ours
     assert handlers() == before
 
 
@@ -74,6 +81,7 @@ def test_the_second_one_ends_the_process_even_in_what_is_held_back() -> None:
     code = """if True:
         import signal, time
         from pipeline import stopping
+from pipeline.errors import CommitConflict
         with stopping.stoppable(), stopping.held_back():
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
