@@ -81,7 +81,6 @@ def test_the_second_one_ends_the_process_even_in_what_is_held_back() -> None:
     code = """if True:
         import signal, time
         from pipeline import stopping
-from pipeline.errors import CommitConflict
         with stopping.stoppable(), stopping.held_back():
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
