@@ -27,7 +27,7 @@ def command(line: str) -> tuple[str, dict[str, Any]]:
     """A command line of `pipeline` as its own parser takes it: the command's name, and its parameters.
 
     Raises:
-        click.UsageError: it does not take it.
+        UsageError: it does not take it.
     """
     program, *arguments = shlex.split(line)
     assert program.rpartition("/")[2] == "pipeline"
