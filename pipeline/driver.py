@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline import config, metrics, plan, runs
+from pipeline import config, metrics, plan, runs, stopping
 from pipeline.analysis import labels
 from pipeline.dataset import partition, table
 from pipeline.dataset.partition import Partition, Target
@@ -51,6 +51,9 @@ ALWAYS_ALLOWED = 10
 
 class Observer(Protocol):
     """Whoever wants to know how the run comes along: the progress bar of a terminal, lines in a log."""
+
+    def started(self, run_id: str) -> None:
+        """The run has a name now."""
 
     def planned(self, plan: Plan) -> None:
         """The plan stands; extraction begins."""
@@ -217,6 +220,7 @@ def run(
     Raises:
         UserError: config, source, model or output are not what they should be.
         RunError: nothing was committed, or (IncompleteRun) some shards failed while the rest was; says why.
+        KeyboardInterrupt: it was stopped. What was finished waits for the next run, which adopts it.
     """
     start, started_at = time.monotonic(), time.time()
     settings = _absolute(settings)
@@ -230,14 +234,17 @@ def run(
         raise
     summary = Summary(run_id=run_id, output=settings.output.url, recipe_id=goal.target.recipe.recipe_id)
     summary.started_at = started_at
+    if observer is not None:
+        observer.started(summary.run_id)
     try:
         with crew:
             _refresh(settings, goal, summary, crew, wishes, observer)
         if settings.probe is not None and summary.version is not None:
             summary.probe = _probe(settings, settings.probe, goal, summary)
-    except PipelineError as error:
-        summary.error, summary.seconds = str(error), time.monotonic() - start
-        error.summary = summary  # type: ignore[attr-defined] # for `--json`, which reports a failed run too
+    except (PipelineError, KeyboardInterrupt) as error:
+        summary.error = str(error) if isinstance(error, PipelineError) else _stopped(summary)
+        summary.seconds = time.monotonic() - start
+        error.summary = summary  # type: ignore[union-attr] # for `--json`, which reports a failed run too
         with contextlib.suppress(StorageError):  # the store may be what failed
             _save(goal, summary)
         raise
@@ -260,7 +267,8 @@ class _Crew(contextlib.ExitStack):
         from pipeline.extract.pool import Pool
 
         if self._pool is None:
-            self.enter_context(cluster())
+            with stopping.despite_ray():
+                self.enter_context(cluster())
             self._pool = self.enter_context(Pool(self._settings, self._run_id))
         return self._pool
 
@@ -271,6 +279,8 @@ def _refresh(
     """Plan, extract and commit; again when another run committed in between."""
     for attempt in range(COMMIT_ATTEMPTS):
         current, todo = goal.plan(retry_quarantined=wishes.retry_quarantined)
+        summary.version = current.version if current is not None else None
+        summary.num_rows = sum(entry.num_rows for entry in current.entries) if current is not None else 0
         summary.reasons = todo.reasons
         # What is gone may have moved to new shards: then only the check before the commit can tell.
         if not wishes.allow_removals and not todo.num_new and todo.removed_share > settings.run.max_removed:
@@ -281,12 +291,17 @@ def _refresh(
             goal.target.store.write(config_url, config.dump(settings).encode())
         if observer is not None:
             observer.planned(todo)
-        finished = todo.adopt + _extract(goal, todo, summary, crew, observer)
+        summary.num_unchanged, summary.num_removed = len(todo.unchanged), len(todo.removed)
         if attempt == 0:
             summary.adopted = todo.adopt  # later attempts adopt what this run itself has just extracted
-        summary.num_unchanged, summary.num_removed = len(todo.unchanged), len(todo.removed)
         try:
-            summary.version, summary.committed = _merge(settings, goal, current, todo, finished, summary, wishes)
+            finished = todo.adopt + _extract(goal, todo, summary, crew, observer)
+        except KeyboardInterrupt:
+            if observer is not None:
+                observer.note(_stopped(summary))  # now: whoever stops a job may not wait for its actors to end
+            raise
+        try:
+            _merge(settings, goal, current, todo, finished, summary, wishes)
             break
         except CommitConflict as conflict:
             if attempt == COMMIT_ATTEMPTS - 1:
@@ -308,20 +323,22 @@ def _extract(goal: Goal, todo: Plan, summary: Summary, crew: _Crew, observer: Ob
     finished: list[Partition] = []
     known = known_rows(goal.target, todo.carry_over_from(goal.target.recipe))
     pool, start = crew.pool(), time.monotonic()
-    # Large shards first: the last ones to finish are then small.
-    for result in pool.extract(sorted(todo.extract, key=lambda task: -task.shard.num_bytes), goal.target, known):
-        summary.stages.update(result.stages)
-        if result.partition is not None:
-            finished.append(result.partition)
-            summary.num_bytes += result.task.shard.num_bytes
-        else:
-            summary.failed[result.task.shard.url] = str(result.error)
-        if observer is not None:
-            observer.finished(result, pool.num_ready)
-    summary.extract_seconds += time.monotonic() - start
-    summary.actors, summary.num_actors_lost = pool.seen, pool.num_lost
-    summary.tail_s, summary.num_lent = pool.tail_s, pool.num_lent
-    summary.extracted += finished
+    try:
+        # Large shards first: the last ones to finish are then small.
+        for result in pool.extract(sorted(todo.extract, key=lambda task: -task.shard.num_bytes), goal.target, known):
+            summary.stages.update(result.stages)
+            if result.partition is not None:
+                finished.append(result.partition)
+                summary.num_bytes += result.task.shard.num_bytes
+            else:
+                summary.failed[result.task.shard.url] = str(result.error)
+            if observer is not None:
+                observer.finished(result, pool.num_ready)
+    finally:
+        summary.extract_seconds += time.monotonic() - start
+        summary.actors, summary.num_actors_lost = pool.seen, pool.num_lost
+        summary.tail_s, summary.num_lent = pool.tail_s, pool.num_lent
+        summary.extracted += finished
     return finished
 
 
@@ -333,32 +350,39 @@ def _merge(
     finished: list[Partition],
     summary: Summary,
     wishes: Wishes,
-) -> tuple[int | None, bool]:
-    """Check what was finished and commit it; the version that stands now, and whether it is a new one.
+) -> None:
+    """Check what was finished and commit it, if there is anything to commit.
 
     A shard that failed keeps its rows, unless they are of another recipe or layout: then nothing is committed, and what was
     finished waits for the next run.
     """
-    version = current.version if current is not None else None
-    summary.num_rows = sum(entry.num_rows for entry in current.entries) if current is not None else 0
     if todo.rewrites and summary.failed:
-        return version, False
+        return
     done = {each.shard for each in finished}
     remove = [*todo.removed, *(entry for entry in todo.replaced if entry.shard in done)]
     if not finished and not remove:
-        return version, False
+        return
     _check_budget(settings, finished)
     if not wishes.allow_removals:
         _check_shrinkage(settings, summary.num_rows, remove, finished)
     with ThreadPoolExecutor(16) as threads:
         for _ in threads.map(lambda each: partition.check(goal.target, each), finished):
             pass
-    if current is None:
-        version = table.create(goal.target, summary.run_id, finished)
-    else:
-        version = current.commit(goal.target, summary.run_id, finished, remove)
-    summary.num_rows += sum(each.num_rows for each in finished) - sum(entry.num_rows for entry in remove)
-    return version, True
+    with stopping.held_back():  # whole it is anyway; but what the run says of it has to be true
+        if current is None:
+            summary.version = table.create(goal.target, summary.run_id, finished)
+        else:
+            summary.version = current.commit(goal.target, summary.run_id, finished, remove)
+        summary.committed = True
+        summary.num_rows += sum(each.num_rows for each in finished) - sum(entry.num_rows for entry in remove)
+
+
+def _stopped(summary: Summary) -> str:
+    """What a run that was stopped leaves behind."""
+    if summary.committed:
+        return f"stopped after version {summary.version} was committed"
+    num_finished = len(summary.extracted) + len(summary.adopted)
+    return f"stopped; {num_finished} finished shards wait for the next run, which adopts them; nothing was committed"
 
 
 def _check_budget(settings: config.Config, finished: list[Partition]) -> None:

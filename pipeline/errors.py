@@ -7,6 +7,8 @@ PipelineError
 │   ├── BackboneError      no such model, weights or node
 │   └── DatasetError       no dataset there, or one that this version cannot read
 │       └── SourceChanged    the image that a row was made from is no longer there
+│   ├── DatasetError       no dataset there, or one that this version cannot read
+│   └── ClusterError       no Ray cluster there, or one that does not take the job
 ├── WorldError           what the world did: exit code 1
 │   ├── StorageError       the store refused or failed, after the retries that made sense
 │   ├── ShardError         one shard cannot be read: names the shard; the others go on
@@ -57,6 +59,10 @@ class DatasetError(UserError):
 
 class SourceChanged(DatasetError):
     """The source has other bytes where the image of a row was."""
+
+
+class ClusterError(UserError):
+    """There is no Ray cluster at this address, or it does not take the job."""
 
 
 class WorldError(PipelineError):

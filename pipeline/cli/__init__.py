@@ -9,17 +9,19 @@ A new command is a function in one of the modules here, and its name in `COMMAND
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 
 import typer
 
-from pipeline.cli import curate, dataset, embed, export, probe, run, search, setup, verify
+from pipeline.cli import curate, dataset, embed, export, probe, run, search, setup, submit, verify
 from pipeline.cli.common import PlainFormatter
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     run.run,
     run.plan,
+    submit.submit,
     dataset.status,
     probe.probe,
     probe.predict,
@@ -51,5 +53,5 @@ def main() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    sys.path.insert(0, "")  # python/module:function finds modules of the working directory, as `python -m` would
+    sys.path.insert(0, os.getcwd())  # python/module:function finds modules of the working directory, as `python -m` would
     app()

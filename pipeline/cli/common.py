@@ -18,6 +18,12 @@ Version = Annotated[int | None, typer.Option("--version", metavar="N", help="Num
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line on stdout.")]
 EndpointUrl = Annotated[str | None, typer.Option(help="Endpoint of an S3-compatible store.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field of the config.")]
+AllowRemovals = Annotated[
+    bool, typer.Option("--allow-removals", help="Commit even if more than run.max_removed of the rows vanish.")
+]
+RetryQuarantined = Annotated[
+    bool, typer.Option("--retry-quarantined", help="Try the samples again that are in quarantine, and only those.")
+]
 
 
 @contextlib.contextmanager
@@ -32,8 +38,8 @@ def reporting(as_json: bool) -> Iterator[dict[str, Any]]:
         report["error"] = str(error)
         code = error.exit_code
     except KeyboardInterrupt:
-        typer.echo("interrupted; what was finished is kept for the next run", err=True)
-        report["error"] = "interrupted"
+        report["error"] = report.get("error") or "stopped; what was finished is kept for the next run"
+        typer.echo(f"error: {printable(report['error'])}", err=True)
         code = 1
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False, default=str))

@@ -7,35 +7,33 @@ from typing import Annotated
 import typer
 
 from pipeline import config
-from pipeline.cli.common import AsJson, ConfigPath, Overrides, reporting, version_text
+from pipeline.cli.common import AllowRemovals, AsJson, ConfigPath, Overrides, RetryQuarantined, reporting, version_text
 from pipeline.errors import PipelineError
 
 
 def run(
     path: ConfigPath,
     overrides: Overrides = None,
-    allow_removals: Annotated[
-        bool, typer.Option("--allow-removals", help="Commit even if more than run.max_removed of the rows vanish.")
-    ] = False,
-    retry_quarantined: Annotated[
-        bool, typer.Option("--retry-quarantined", help="Try the samples again that are in quarantine, and only those.")
-    ] = False,
+    allow_removals: AllowRemovals = False,
+    retry_quarantined: RetryQuarantined = False,
     as_json: AsJson = False,
 ) -> None:
     """Bring the dataset up to date and train the probe. Doing it again does nothing.
+
+    Ctrl-C and SIGTERM stop it with exit code 1: what was finished is adopted by the next run. A second one ends it at once.
 
     Example: pipeline run configs/quickstart.yaml
     """
     with reporting(as_json) as report:
         settings = config.load(path, overrides or [])
-        from pipeline import driver
+        from pipeline import driver, stopping
         from pipeline.report import terminal
 
-        with terminal.Watch() as watch:
+        with stopping.stoppable(), terminal.Watch() as watch:
             try:
                 wishes = {"allow_removals": allow_removals, "retry_quarantined": retry_quarantined}
                 report |= driver.run(settings, **wishes, observer=watch).as_json()
-            except PipelineError as error:
+            except (PipelineError, KeyboardInterrupt) as error:
                 summary = getattr(error, "summary", None)
                 report |= summary.as_json() if summary is not None else {}
                 if summary is not None and not as_json:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.errors import WorldError
+from pipeline.errors import ClusterError, WorldError
 
 T = TypeVar("T")
 
@@ -27,7 +27,11 @@ def cluster() -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
     quiet: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, configure_logging=False, **quiet)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, configure_logging=False, **quiet)
+    except ConnectionError as error:
+        why = str(error.__cause__ or error).strip().splitlines()[-1]
+        raise ClusterError(f"RAY_ADDRESS: {address!r} is no Ray cluster, or does not know this token: {why}") from None
     try:
         yield
     finally:

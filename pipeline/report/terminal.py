@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from pipeline.extract.scheduler import Result
     from pipeline.plan import Plan
 
-LINE_EVERY_S = 10.0
+LINE_EVERY_S = 30.0
+"""Between two lines where nobody watches: a night of 12 hours is 1,440 of them, however many shards it has."""
+BAR_EVERY_S = 0.1
 MAX_CELL = 48
 """Characters of a table's cell that comes from data."""
-BAR_EVERY_S = 0.1
 
 
 class Watch:
@@ -39,6 +40,7 @@ class Watch:
         self._num_images = self._num_quarantined = self._num_failed = self._num_done = self._num_shards = 0
         self._bytes_done = self._bytes_total = 0
         self._stages: collections.Counter[str] = collections.Counter()
+        self._run_id = ""
 
     def __enter__(self) -> Watch:
         return self
@@ -46,13 +48,19 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop_bar()
 
+    def started(self, run_id: str) -> None:
+        """The run has a name now: lines in a log carry it, and the time."""
+        self._run_id = run_id
+        if self._console.is_terminal:
+            self.note(f"Run {run_id}")
+
     def planned(self, plan: Plan) -> None:
         """The plan stands; extraction begins."""
         self._stop_bar()
         self.note(plan_line(plan))
         if not plan.extract:
             return
-        self._start = time.monotonic()
+        self._start = self._last_line = time.monotonic()
         self._num_images, self._num_done, self._num_shards = 0, 0, len(plan.extract)
         self._bytes_done, self._bytes_total = 0, plan.num_bytes
         if self._console.is_terminal:
@@ -92,10 +100,13 @@ class Watch:
             self._bar.update(self._task, completed=self._num_done, description=state)
         else:
             left = (now - self._start) * (self._bytes_total - self._bytes_done) / max(self._bytes_done, 1)
-            self.note(f"{self._num_done}/{self._num_shards} shards, {state}, about {duration(left)} left")
+            done = f"{self._num_done:,} of {self._num_shards:,} shards ({self._num_done / self._num_shards:.0%})"
+            self.note(f"{done}, {state}, about {duration(left)} left")
 
     def note(self, text: str) -> None:
         """A line for a person."""
+        if self._run_id and not self._console.is_terminal:
+            text = f"{time.strftime('%H:%M:%S', time.gmtime())} {self._run_id} {text}"
         self._console.print(Text(printable(text)), highlight=False, soft_wrap=True)
 
     def _stop_bar(self) -> None:

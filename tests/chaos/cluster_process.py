@@ -1,12 +1,16 @@
 """The process that `helpers.Cluster` keeps a Ray cluster in.
 
+    python cluster_process.py [--cpus N] [--gpus N] [--dashboard PORT --agent PORT]
+
 Out: `{"address"}`. In: `{"do": "add"}`, answered by `{"raylet"}`; `{"do": "drain", "raylet"}`, which gives a node notice; and
 `{"do": "kill", "raylet"}`, answered by `{"killed"}`, the ids of all processes of that node. All nodes end with this process.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -36,15 +40,22 @@ def main() -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
-    head = {**SETTINGS, "num_cpus": 0, "include_dashboard": False, "no_monitor": True}
+    arguments = parse()
+    head = {**SETTINGS, "num_cpus": 0, "include_dashboard": arguments.dashboard is not None, "no_monitor": True}
+    if arguments.dashboard is not None:  # jobs are submitted to it, and started by the head's agent
+        head |= {"dashboard_host": "127.0.0.1", "dashboard_port": arguments.dashboard}
+        head |= {"dashboard_agent_listen_port": arguments.agent}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes: dict[int, Any] = {}
+    numbers = itertools.count(1)
     try:
         tell(address=cluster.address)
         for line in sys.stdin:
             request = json.loads(line)
             if request["do"] == "add":
-                node = cluster.add_node(num_cpus=1, **SETTINGS)
+                # A folder of its own, as on a machine of its own: a job's files are unpacked there.
+                folder = os.path.join(os.environ["RAY_TMPDIR"], str(next(numbers)))
+                node = cluster.add_node(num_cpus=arguments.cpus, num_gpus=arguments.gpus, temp_dir=folder, **SETTINGS)
                 raylet = node.all_processes["raylet"][0].process
                 nodes[raylet.pid] = node
                 tell(raylet=raylet.pid)
@@ -60,6 +71,15 @@ def main() -> None:
                 tell(killed=kill(node))
     finally:
         cluster.shutdown()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cpus", type=int, default=1, help="of each node but the head")
+    parser.add_argument("--gpus", type=int, default=0, help="of each node but the head; they exist in Ray's books only")
+    parser.add_argument("--dashboard", type=int, help="its port")
+    parser.add_argument("--agent", type=int, help="port of the head's agent")
+    return parser.parse_args()
 
 
 def kill(node: Any) -> list[int]:

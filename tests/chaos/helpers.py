@@ -18,8 +18,9 @@ import queue
 import secrets
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -36,12 +37,12 @@ NUM_NODES = 2
 class Helper:
     """One such process. Its requests may come from any thread; what it prints goes to a log."""
 
-    def __init__(self, script: str, logs: Path, env: dict[str, str] | None = None) -> None:
+    def __init__(self, script: str, logs: Path, env: dict[str, str] | None = None, arguments: Sequence[str] = ()) -> None:
         path = os.pathsep.join([str(ROOT), str(TESTS)])
         with open(logs / f"{script}.log", "ab") as log:
             self._process = subprocess.Popen(
                 # -P: what lies beside the script is no module of a driver's.
-                [sys.executable, "-P", str(FOLDER / script)],
+                [sys.executable, "-P", str(FOLDER / script), *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -107,18 +108,29 @@ class Helper:
 
 
 class Cluster(Helper):
-    """A head without CPUs, which drivers connect to, and `NUM_NODES` nodes of one CPU: one actor on each."""
+    """A head without CPUs, which drivers connect to, and `NUM_NODES` nodes of one CPU: one actor on each.
 
-    def __init__(self, logs: Path) -> None:
+    Args:
+        logs: folder for what it prints, and for its token.
+        env: more for the environment of its processes.
+        arguments: of `cluster_process.py`.
+    """
+
+    def __init__(self, logs: Path, env: Mapping[str, str] | None = None, arguments: Sequence[str] = ()) -> None:
+        self.token_path = new_token(logs)
+        self._ray_folder = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
         env = {
-            **private(),
+            # Jobs find their cluster by a file there, which in /tmp/ray would be the one that was started last.
+            "RAY_TMPDIR": self._ray_folder.name,
+            **(env or {}),
+            **private(self.token_path),
             # A node that was killed is found dead after 15 s otherwise.
             "RAY_health_check_initial_delay_ms": "1000",
             "RAY_health_check_period_ms": "300",
             "RAY_health_check_timeout_ms": "3000",
             "RAY_health_check_failure_threshold": "3",
         }
-        super().__init__("cluster_process.py", logs, env)
+        super().__init__("cluster_process.py", logs, env, arguments)
         self._raylets: list[int] = []
         self.env = {**env, "RAY_ADDRESS": ""}
         """What a driver needs to connect."""
@@ -128,6 +140,10 @@ class Cluster(Helper):
         except BaseException:
             self.close()
             raise
+
+    def close(self) -> None:
+        super().close()
+        self._ray_folder.cleanup()
 
     @property
     def num_nodes(self) -> int:
@@ -162,7 +178,7 @@ class Autoscaled(Helper):
     """A head without CPUs, and Ray's autoscaler, which adds nodes of one CPU and one GPU where they are asked for."""
 
     def __init__(self, logs: Path) -> None:
-        env = private()
+        env = private(new_token(logs))
         super().__init__("autoscaling_process.py", logs, env)
         self.env = {**env, "RAY_ADDRESS": ""}
         """What a driver needs to connect."""
@@ -178,12 +194,19 @@ class Autoscaled(Helper):
         return int(self.ask(do="nodes")["nodes"])
 
 
-def private() -> dict[str, str]:
+def new_token(folder: Path) -> Path:
+    """A file with a token for one cluster: nobody else on this machine can run code there."""
+    path = folder / "auth_token"
+    path.write_text(secrets.token_hex(32))
+    path.chmod(0o600)
+    return path
+
+
+def private(token_path: Path) -> dict[str, str]:
     """Environment of a cluster that nobody else on this machine has to do with."""
     return {
-        # A token of its own: nobody else can run code here.
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_AUTH_TOKEN_PATH": str(token_path),
         "RAY_USAGE_STATS_ENABLED": "0",
         # Means here: 127.0.0.1 stays what it is, for the cluster and for what connects to it.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from commands import cli, last_line
+from conftest import settings
 
+from pipeline import driver
 from pipeline.report import terminal
 
 HOSTILE = "cat\x1b[2J\x07\u202egpj.\u2028[red]x[/red]\udc80 naïve 猫"
@@ -29,3 +32,15 @@ def test_errors_too(tmp_path: Path) -> None:
     assert finished.returncode == 2
     assert "\x1b" not in finished.stderr and r"\x1b[31mred" in finished.stderr
     assert "\x1b[31mred" in last_line(finished)["error"]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_log_has_a_line_now_and_then_and_not_one_a_shard(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with terminal.Watch() as watch:
+        summary = driver.run(settings(f"{shards}/*.tar", tmp_path / "out"), observer=watch)
+    plan, *lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"\d\d:\d\d:\d\d {summary.run_id} Plan: 4 shards to extract .*", plan)
+    assert re.fullmatch(rf"\d\d:\d\d:\d\d {summary.run_id} 4 of 4 shards \(100%\), 60 images, .*", lines[-1])
+    assert len(lines) <= 2  # the last one, and one more where the actors took long to start

@@ -29,6 +29,9 @@ class Watch:
     def __init__(self) -> None:
         self.last = 0.0
 
+    def started(self, run_id: str) -> None:
+        pass
+
     def planned(self, plan: Any) -> None:
         pass
 
