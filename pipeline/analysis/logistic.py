@@ -44,6 +44,8 @@ FINAL_TOLERANCE = 3e-5
 nearer (objectives on four data sets)."""
 LOGITS_BYTES = 256 << 20
 """Most that the logits of one evaluation take; more rows than that go in several chunks."""
+CACHE_BYTES, MIN_ROWS = 1 << 20, 1024
+"""On a processor a chunk, with its columns, is what the cores' own caches hold: between the two products they stay there."""
 ROWS_BYTES = 64 << 20
 """Most that a temporary copy of features takes while they are checked, standardised or scored."""
 MAX_TURNED = 4096
@@ -326,8 +328,13 @@ def _direction(slope_AKP: torch.Tensor, history: deque[_Pair], inverse_A1P: torc
 
 def logits(columns_NP: torch.Tensor, heads_AKP: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Rows and their logits (A, K, rows), in chunks. Rows come last: softmax over K is then four times as quick."""
-    num_heads, num_classes, _ = heads_AKP.shape
+    import torch
+
+    num_heads, num_classes, width = heads_AKP.shape
     count = max(1, LOGITS_BYTES // (4 * num_heads * num_classes))
+    if columns_NP.device.type == "cpu":
+        cached = torch.get_num_threads() * CACHE_BYTES // (4 * (width + num_heads * num_classes))
+        count = min(count, max(MIN_ROWS, cached))
     for start in range(0, len(columns_NP), count):
         rows = slice(start, start + count)
         yield rows, (heads_AKP.flatten(0, 1) @ columns_NP[rows].T).view(num_heads, num_classes, -1)
