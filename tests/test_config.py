@@ -176,7 +176,11 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("path", "value", "line"), MISTAKES, ids=[f"{path}={value!r:.30}" for path, value, _ in MISTAKES])
+def named(path, value, _):
+    return f"{path} missing" if value is MISSING else f"{path}={value!r:.30}"
+
+
+@pytest.mark.parametrize(("path", "value", "line"), MISTAKES, ids=[named(*mistake) for mistake in MISTAKES])
 def test_a_mistake_is_one_line(path, value, line):
     raw = changed(path, value)
     if line is None:  # alone it is none: with a probe it is

@@ -53,7 +53,19 @@ UNKNOWN = dataclasses.replace(HEAD, normalize="zscore").dump()
 
 
 @pytest.mark.parametrize(
-    "payload", [b"", b"\x00" * 40, b"PAR1" * 20, GOOD[:-1], GOOD[:60], OTHER_NAMES, NO_METADATA, TWO_CLASSES, NOT_JSON, UNKNOWN]
+    "payload",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"\x00" * 40, id="zeros"),
+        pytest.param(b"PAR1" * 20, id="parquet"),
+        pytest.param(GOOD[:-1], id="one byte short"),
+        pytest.param(GOOD[:60], id="cut in the header"),
+        pytest.param(OTHER_NAMES, id="other tensors"),
+        pytest.param(NO_METADATA, id="no metadata"),
+        pytest.param(TWO_CLASSES, id="fewer classes than rows"),
+        pytest.param(NOT_JSON, id="classes not JSON"),
+        pytest.param(UNKNOWN, id="unknown normalisation"),
+    ],
 )
 def test_what_is_no_probe_is_refused(payload):
     with pytest.raises(ConfigError, match=r"^probe\.st: not a probe; it is a file probe\.safetensors"):
