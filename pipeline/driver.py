@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline import config, metrics, plan, runs, stopping
-from pipeline.analysis import labels
+from pipeline.analysis.probe import labels
 from pipeline.dataset import partition, table
 from pipeline.dataset.partition import Partition, Target
 from pipeline.dataset.table import Table

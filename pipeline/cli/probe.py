@@ -72,8 +72,8 @@ def predict(
     """
     with reporting(as_json) as report:
         from pipeline import runs
-        from pipeline.analysis import head
-        from pipeline.analysis.predict import predict as predict_rows
+        from pipeline.analysis.probe import head
+        from pipeline.analysis.probe.predict import predict as predict_rows
         from pipeline.dataset.read import open_dataset
         from pipeline.report import terminal
         from pipeline.storage import Store

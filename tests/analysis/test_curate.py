@@ -19,8 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
 import pipeline
-from pipeline.analysis import directions, duplicates, label_errors, outliers
-from pipeline.analysis.curate import curate
+from pipeline.analysis.curate import curate, directions, duplicates, label_errors, outliers
 from pipeline.errors import DatasetError, GuardError
 from pipeline.recipe import digest
 from pipeline.storage import Store

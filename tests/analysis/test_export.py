@@ -24,7 +24,8 @@ from faults import FaultProxy, Rule, status
 from numpy.typing import NDArray
 from s3 import S3Server
 
-from pipeline.analysis import export, sort
+from pipeline.analysis import export
+from pipeline.analysis.export import sort
 from pipeline.config import Storage
 from pipeline.dataset.read import Dataset, open_dataset
 from pipeline.errors import ConfigError, PipelineError, StorageError, StorageRefused

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from pipeline.analysis import head
-from pipeline.analysis.head import Head
+from pipeline.analysis.probe import head
+from pipeline.analysis.probe.head import Head
 from pipeline.errors import ConfigError
 
 RANDOM = np.random.default_rng(0)

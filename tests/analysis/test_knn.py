@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from pipeline.analysis import knn
+from pipeline.analysis.probe import knn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,7 +47,7 @@ def test_pieces_change_nothing(digits, monkeypatch):
     whole = knn.score(features, labels, TRAIN, VALIDATION, TEST, 10, "cpu")
     monkeypatch.setattr(knn, "QUERIES", 100)
     monkeypatch.setattr(knn, "LOGITS_BYTES", 4 * 100 * 70)  # 70 rows of the bank at a time: less than most k
-    monkeypatch.setattr("pipeline.analysis.logistic.ROWS_BYTES", 1 << 15)
+    monkeypatch.setattr("pipeline.analysis.probe.logistic.ROWS_BYTES", 1 << 15)
     pieces = knn.score(features, labels, TRAIN, VALIDATION, TEST, 10, "cpu")
     assert {**pieces, "seconds": 0} == {**whole, "seconds": 0}
 

@@ -11,7 +11,8 @@ import pytest
 
 import pipeline
 from pipeline import config
-from pipeline.analysis import labels, probe
+from pipeline.analysis import probe
+from pipeline.analysis.probe import labels
 from pipeline.dataset.read import Dataset
 from pipeline.errors import ConfigError, DatasetError
 

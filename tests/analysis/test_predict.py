@@ -14,8 +14,9 @@ import pytest
 
 import pipeline
 from pipeline import config
-from pipeline.analysis import predict, probe
-from pipeline.analysis.head import Head
+from pipeline.analysis import probe
+from pipeline.analysis.probe import predict
+from pipeline.analysis.probe.head import Head
 from pipeline.dataset.read import Dataset
 from pipeline.errors import ConfigError, DatasetError, StorageError
 from pipeline.storage import Store

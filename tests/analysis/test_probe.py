@@ -15,7 +15,8 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from pipeline import config
-from pipeline.analysis import head, logistic, probe, scores, split
+from pipeline.analysis import probe
+from pipeline.analysis.probe import head, logistic, scores, split
 from pipeline.errors import ConfigError, GuardError
 
 SETTINGS = config.Probe(normalize="zscore")
@@ -454,7 +455,8 @@ def test_torch_is_loaded_by_fit_only():
     program = """
 import sys
 import numpy as np
-from pipeline.analysis import head, predict, probe
+from pipeline.analysis import probe
+from pipeline.analysis.probe import head, predict
 result = head.Head(classes=["a", "b"], weight=np.eye(2, dtype=np.float32), bias=np.zeros(2, np.float32))
 assert head.load(result.dump()).predict(np.eye(2, dtype=np.float32))[0].tolist() == [0, 1]
 assert not {"torch", "ray", "sklearn", "scipy"} & set(sys.modules)

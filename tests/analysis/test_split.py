@@ -8,7 +8,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pipeline import config
-from pipeline.analysis import split
+from pipeline.analysis.probe import split
 from pipeline.errors import ConfigError
 
 SETTINGS = config.Probe()

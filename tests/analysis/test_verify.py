@@ -26,9 +26,8 @@ from quick import committed
 from s3 import S3Server
 
 import pipeline
-from pipeline.analysis import columns, sample
-from pipeline.analysis.sample import draw
-from pipeline.analysis.verify import Report, verify
+from pipeline.analysis.verify import Report, columns, sample, verify
+from pipeline.analysis.verify.sample import draw
 from pipeline.dataset import partition
 from pipeline.dataset.partition import PartitionWriter, list_values
 from pipeline.dataset.read import Dataset

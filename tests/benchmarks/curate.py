@@ -266,7 +266,7 @@ def spaces(features_ND: NDArray[np.float32]) -> Iterator[tuple[str, NDArray[np.f
 
 def groups_of(features_ND: NDArray[np.float32], threshold: float, grouping: str) -> NDArray[np.bool_]:
     """(N, N), which pairs are said to be alike."""
-    from pipeline.analysis import duplicates
+    from pipeline.analysis.curate import duplicates
 
     if grouping == "representative":
         names = np.array([f"{row:032d}" for row in range(len(features_ND))], "S32")
@@ -354,7 +354,7 @@ def find_wrong_labels(
     out: Any,
 ) -> dict[str, Any]:
     """Precision of the list of the default length and of one as long as there are wrong labels; the other ways to order it."""
-    from pipeline.analysis import label_errors
+    from pipeline.analysis.curate import label_errors
 
     lines: dict[str, list[float]] = {}
     for seed in range(num_seeds):
@@ -432,7 +432,7 @@ def find_outliers(
 
 def ways(features_ND: NDArray[np.float32], targets_N: NDArray[np.int64]) -> Iterator[tuple[str, NDArray[np.float64]]]:
     """(N,) how strange each is in its class: as `outliers.find` says, and otherwise."""
-    from pipeline.analysis import outliers
+    from pipeline.analysis.curate import outliers
 
     number = np.arange(len(features_ND))
     found = outliers.find(features_ND, targets_N, number, len(features_ND))

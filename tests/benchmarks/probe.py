@@ -193,7 +193,7 @@ def make(name: str, arguments: argparse.Namespace) -> Arrays:
 def parts_of(data: Arrays, seed: int) -> NDArray[np.str_]:
     """(N,) the part of each row, empty for rows that no side gets."""
     from pipeline import config
-    from pipeline.analysis import split
+    from pipeline.analysis.probe import split
 
     settings = config.Probe(split="part", seed=seed)
     hashes, labels_N, groups = data["hashes"].tolist(), data["labels"], data["group"].tolist() if "group" in data else None
@@ -290,7 +290,8 @@ def ours(data: Arrays, **settings: Any) -> dict[str, Any]:
     import torch  # noqa: F401  imported before the clock starts, as scikit-learn is
 
     from pipeline import config
-    from pipeline.analysis import knn, probe
+    from pipeline.analysis import probe
+    from pipeline.analysis.probe import knn
 
     aside = [0.0, 0.0]
     score = knn.score
@@ -318,7 +319,7 @@ def theirs(data: Arrays, num_values: int, max_iter: int) -> dict[str, Any]:
     from sklearn.model_selection import PredefinedSplit
     from sklearn.preprocessing import StandardScaler
 
-    from pipeline.analysis.logistic import VALUES_OF_C
+    from pipeline.analysis.probe.logistic import VALUES_OF_C
 
     warnings.simplefilter("ignore", ConvergenceWarning)  # counted instead
     values = VALUES_OF_C[np.linspace(0, len(VALUES_OF_C) - 1, num_values).round().astype(int)]

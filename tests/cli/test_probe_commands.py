@@ -14,7 +14,7 @@ from commands import cli, last_line
 from typer.testing import CliRunner, Result
 
 import pipeline
-from pipeline.analysis import head
+from pipeline.analysis.probe import head
 from pipeline.cli import app
 
 pytestmark = pytest.mark.usefixtures("one_thread")

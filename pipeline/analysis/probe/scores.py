@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.analysis.head import Head
-from pipeline.analysis.logistic import chunks
+from pipeline.analysis.probe.head import Head
+from pipeline.analysis.probe.logistic import chunks
 
 NUM_BINS, NUM_RESAMPLES, TOP = 15, 1000, 5
 

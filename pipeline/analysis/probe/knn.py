@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.analysis.logistic import LOGITS_BYTES, pieces
+from pipeline.analysis.probe.logistic import LOGITS_BYTES, pieces
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import config
-from pipeline.analysis.head import Label
+from pipeline.analysis.probe.head import Label
 from pipeline.dataset.read import Dataset
 from pipeline.errors import ConfigError, DatasetError, StorageRefused
 from pipeline.storage import FileStat, Store

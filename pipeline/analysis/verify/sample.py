@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.analysis.findings import Finding, Report
+from pipeline.analysis.verify.findings import Finding, Report
 from pipeline.dataset.read import PLACE_COLUMNS, Dataset
 from pipeline.dataset.table import Entry
 from pipeline.errors import DatasetError, SampleError, SourceChanged, StorageError, StorageRefused, WorldError

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.analysis.directions import Directions
+from pipeline.analysis.curate.directions import Directions
 
 NEAREST = 20
 """More than a few, or a handful of foreign pictures that resemble each other would pass for typical."""

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.analysis.sort import ORDER
+from pipeline.analysis.export.sort import ORDER
 from pipeline.dataset.partition import parquet_writer
 from pipeline.dataset.read import Dataset
 from pipeline.errors import ConfigError, StorageError

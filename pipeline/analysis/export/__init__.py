@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.analysis import sort
-from pipeline.analysis.destination import (
+from pipeline.analysis.export import sort
+from pipeline.analysis.export.destination import (
     FOOTER_KEY,
     KEYS_END,
     MARKER,

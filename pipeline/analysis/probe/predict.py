@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import recipe
-from pipeline.analysis.head import Head
-from pipeline.analysis.logistic import ROWS_BYTES
+from pipeline.analysis.probe.head import Head
+from pipeline.analysis.probe.logistic import ROWS_BYTES
 from pipeline.dataset.partition import list_values
 from pipeline.dataset.read import Dataset
 from pipeline.errors import ConfigError, DatasetError

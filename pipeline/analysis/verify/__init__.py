@@ -24,9 +24,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.analysis import columns, sample
-from pipeline.analysis.findings import Finding, Report
-from pipeline.analysis.sample import Embed
+from pipeline.analysis.verify import columns, sample
+from pipeline.analysis.verify.findings import Finding, Report
+from pipeline.analysis.verify.sample import Embed
 from pipeline.dataset import partition
 from pipeline.dataset.partition import DATA_FOLDER, Partition
 from pipeline.dataset.read import Dataset

@@ -24,10 +24,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.analysis import duplicates, label_errors, outliers
-from pipeline.analysis.duplicates import Duplicates, Note
-from pipeline.analysis.label_errors import LabelErrors
-from pipeline.analysis.outliers import Outliers
+from pipeline.analysis.curate import duplicates, label_errors, outliers
+from pipeline.analysis.curate.duplicates import Duplicates, Note
+from pipeline.analysis.curate.label_errors import LabelErrors
+from pipeline.analysis.curate.outliers import Outliers
 from pipeline.config import RESERVED_COLUMNS
 from pipeline.dataset.read import PLACE_COLUMNS, Dataset
 from pipeline.errors import DatasetError, nearest

@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import config, recipe
-from pipeline.analysis import knn, logistic, scores
-from pipeline.analysis.head import Head, Label
-from pipeline.analysis.labels import encode, read
-from pipeline.analysis.split import Split, draw, given
+from pipeline.analysis.probe import knn, logistic, scores
+from pipeline.analysis.probe.head import Head, Label
+from pipeline.analysis.probe.labels import encode, read
+from pipeline.analysis.probe.split import Split, draw, given
 from pipeline.dataset.read import Dataset, open_dataset
 from pipeline.errors import ConfigError, DatasetError, GuardError
 

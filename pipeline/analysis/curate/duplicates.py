@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.analysis.directions import ROWS, Directions
+from pipeline.analysis.curate.directions import ROWS, Directions
 
 COLUMNS = 1024
 """Of a block of similarities, which then takes 17 MB; larger ones are not quicker."""

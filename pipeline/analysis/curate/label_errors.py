@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.analysis import logistic
+from pipeline.analysis.probe import logistic
 
 if TYPE_CHECKING:  # torch takes seconds to load
     import torch
