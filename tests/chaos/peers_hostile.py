@@ -104,6 +104,8 @@ def ours(tars: Path, out: Path, way: str) -> None:
     from pipeline import config, driver
 
     class Watch:
+        def started(self, run_id: str) -> None: ...
+
         def planned(self, plan: Any) -> None:
             pass
 

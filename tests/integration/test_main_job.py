@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from commands import ROOT, TESTS, cli, last_line
 from conftest import crops, settings, write_shards
+from helpers import actors_below
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -202,8 +202,9 @@ class TestFaults:
 
             def finished(self, result: Any, num_actors: int) -> None:
                 if not self.killed:
-                    (self.killed,) = {int(pid) for pid in _actor_pids()}
-                    os.kill(self.killed, signal.SIGKILL)
+                    (actor,) = actors_below([os.getpid()])
+                    self.killed = actor.pid
+                    actor.kill()
 
         killer = Killer()
         summary = driver.run(settings(f"{tmp_path}/shards/*.tar", tmp_path / "out", backbone=model), observer=killer)
@@ -323,9 +324,3 @@ def _config_file(folder: Path, source: str) -> Path:
         f"output: {{url: '{folder}/out'}}\n"
     )
     return path
-
-
-def _actor_pids() -> list[str]:
-    """Processes of the extractors; their titles name class and method."""
-    found = subprocess.run(["pgrep", "-f", "^ray::Extractor"], capture_output=True, text=True)
-    return found.stdout.split()

@@ -21,7 +21,7 @@ from faults import FaultProxy, Request, Rule, hold
 from s3 import S3Server
 
 import pipeline
-from pipeline import config, driver, stopping
+from pipeline import config, driver, runs, stopping
 from pipeline.storage import Store
 
 NUM_SHARDS, NUM_FREE = 12, 3
@@ -45,7 +45,7 @@ def test_what_was_finished_is_kept_and_a_second_signal_ends_it_at_once(s3: S3Ser
         said = f"stopped; {num_known} finished shards wait for the next run, which adopts them; nothing was committed"
         assert err.splitlines()[-1] == f"error: {said}"
         assert (report["error"], report["committed"], report["version"]) == (said, False, None)
-        (saved,) = driver.runs(Store(config.Storage(**bucket.storage)), bucket.output)
+        (saved,) = runs.latest(Store(config.Storage(**bucket.storage)), bucket.output)
         assert saved["error"] == said
         assert not psutil.wait_procs(family, timeout=30)[1], "the Ray that it started ends with it"
 

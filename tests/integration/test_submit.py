@@ -30,7 +30,7 @@ from oracle import Contents, broken_promises, contents, difference
 from s3 import S3Server, free_ports
 
 import pipeline
-from pipeline import config, driver
+from pipeline import config, driver, runs
 from pipeline.dataset.read import Dataset
 from pipeline.storage import Store
 
@@ -182,7 +182,7 @@ def test_four_actors_on_four_gpus(site: Site, bucket: Bucket, proxy: FaultProxy,
 
     assert (report["status"], report["exit_code"]) == ("SUCCEEDED", 0)
     assert report["run"]["shards"]["extracted"] == NUM_SHARDS
-    (saved,) = driver.runs(store(bucket), bucket.output)
+    (saved,) = runs.latest(store(bucket), bucket.output)
     assert saved["run_id"] == report["run"]["run_id"]
     places = {(actor["node"], actor["cuda_visible_devices"]) for actor in saved["actors"]}
     assert len(places) == len(saved["actors"]) == 4
@@ -208,7 +208,7 @@ def test_a_job_that_is_stopped_and_a_node_that_dies_cost_nothing(
     assert report["status"] == "STOPPED"
     num_finished = partitions(bucket)
     assert f"stopped; {num_finished} finished shards wait for the next run, which adopts them; nothing was committed" in log
-    (saved,) = driver.runs(store(bucket), bucket.output)
+    (saved,) = runs.latest(store(bucket), bucket.output)
     assert saved["error"].startswith("stopped; ") and saved["version"] is None
 
     proxy.clear()

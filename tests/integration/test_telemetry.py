@@ -35,6 +35,8 @@ class Scraper:
         self._wanted, self._num_left = wanted, 0
         self.samples: Samples = {}
 
+    def started(self, run_id: str) -> None: ...
+
     def planned(self, plan: Plan) -> None:
         self._num_left = len(plan.extract)
 

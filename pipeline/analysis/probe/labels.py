@@ -53,6 +53,7 @@ def encode(labels: Sequence[Label | None] | NDArray[Any], column: str) -> tuple[
         ConfigError: a label is neither a text nor a number, or there are less than two classes.
     """
     plain = labels.tolist() if isinstance(labels, np.ndarray) else labels
+    plain = [label.item() if isinstance(label, np.generic) else label for label in plain]
     plain = [None if label != label else label for label in plain]  # NaN: how NumPy and pandas write a missing label
     for kind in {type(label) for label in plain} - {type(None)}:
         if not issubclass(kind, (str, int, float)):
