@@ -32,6 +32,7 @@ from pipeline.errors import (
     RemovalRefused,
     StorageError,
 )
+from pipeline.imports import importing
 from pipeline.plan import Plan
 from pipeline.runs import RUNS_FOLDER
 from pipeline.source import Source
@@ -166,7 +167,8 @@ class Goal:
         layout, carried = source.layout(), source.fields()
         if crew is not None and not store.exists(join(settings.output.url, table.LOG_FOLDER)):
             crew.pool().prepare()
-        from pipeline.extract.backbone import Backbone, Spec
+        with importing():
+            from pipeline.extract.backbone import Backbone, Spec
 
         spec = Spec(backbone=settings.backbone, decode=settings.decode, precision=settings.run.precision, fold=False)
         recipe = Backbone(spec).recipe
@@ -263,8 +265,9 @@ class _Crew(contextlib.ExitStack):
 
     def pool(self) -> Pool:
         """The pool, on a Ray that is started when nothing else has."""
-        from pipeline.extract.cluster import cluster
-        from pipeline.extract.pool import Pool
+        with importing():
+            from pipeline.extract.cluster import cluster
+            from pipeline.extract.pool import Pool
 
         if self._pool is None:
             with stopping.despite_ray():

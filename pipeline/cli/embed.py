@@ -12,6 +12,7 @@ import typer
 from pipeline import config
 from pipeline.cli.common import AsJson, EndpointUrl, OutputUrl, Version, reporting
 from pipeline.errors import ConfigError, DatasetError, IncompleteRun, SourceError
+from pipeline.imports import importing
 
 if TYPE_CHECKING:
     from pipeline.extract.embedder import Embedded
@@ -55,7 +56,8 @@ def embed(
         found = _listed(store, images, storage)
         if to is None and (count := sum(len(shard.files) for _, shard in found)) > MAX_PRINTED:
             raise ConfigError(f"--to: missing; it is required for more than {MAX_PRINTED:,} images, and these are {count:,}")
-        from pipeline.extract.embedder import Embedder
+        with importing():
+            from pipeline.extract.embedder import Embedder
 
         embedder = Embedder(dataset.recipe)
         failed: list[dict[str, str]] = []

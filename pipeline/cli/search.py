@@ -10,6 +10,7 @@ import typer
 from pipeline import config
 from pipeline.cli.common import AsJson, EndpointUrl, OutputUrl, reporting
 from pipeline.errors import ConfigError
+from pipeline.imports import importing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -98,7 +99,9 @@ def search(
 def _embedded(dataset: Dataset, column: str, names: list[str], images: list[bytes]) -> list[Query]:
     """Images as queries."""
     from pipeline.analysis.search import Query
-    from pipeline.extract.embedder import Embedder
+
+    with importing():
+        from pipeline.extract.embedder import Embedder
 
     columns, errors = Embedder(dataset.recipe).embed(images)
     if errors:

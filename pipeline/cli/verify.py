@@ -9,6 +9,7 @@ import typer
 from pipeline import config
 from pipeline.cli.common import AsJson, EndpointUrl, OutputUrl, Version, reporting, version_text
 from pipeline.errors import VerifyFailed
+from pipeline.imports import importing
 
 if TYPE_CHECKING:
     from pipeline.analysis.verify import Report
@@ -46,7 +47,8 @@ def verify(
         dataset = open_dataset(url, version, config.Storage(endpoint_url=endpoint_url))
         embed = None
         if rows and len(dataset):
-            from pipeline.extract.embedder import Embedder
+            with importing():
+                from pipeline.extract.embedder import Embedder
 
             # However large they are: the images of these rows were embedded before.
             embed = Embedder(dataset.recipe, max_pixels=config.MAX_PIXELS).embed

@@ -28,6 +28,7 @@ from pipeline.errors import GuardError, PipelineError
 from pipeline.extract import logs
 from pipeline.extract.carry import KnownRows, Task
 from pipeline.extract.telemetry import Counters
+from pipeline.imports import importing
 from pipeline.source import Source
 
 if TYPE_CHECKING:
@@ -93,9 +94,10 @@ class Extractor:
             self._build()
 
     def _build(self) -> Backbone:
-        import torch
+        with importing():
+            import torch
 
-        from pipeline.extract.backbone import Backbone, Spec
+            from pipeline.extract.backbone import Backbone, Spec
 
         with self._building:
             if self._backbone is None:
