@@ -187,9 +187,11 @@ class Pool:
             # The loop itself broke: this actor would fail every shard that it gets.
             return self._bury(worker, task, f"its actor broke: {first_line(cause(error))}")
         except RayError as error:
-            # Neither a node that was taken away tells anything of the shard, nor an actor that also had others' images in hand.
-            has_left = isinstance(error, RayActorError) and getattr(error, "preempted", False)
-            return self._bury(worker, task, "its actor died", is_blamed=not has_left and not worker.num_loans)
+            # Neither a node that is gone tells anything of the shard, nor an actor that also had others' images in hand.
+            was_taken = isinstance(error, RayActorError) and getattr(error, "preempted", False)
+            is_gone = was_taken or worker.node not in {node.node_id for node in nodes_but(())}
+            why = "its node is gone" if is_gone else "its actor died"
+            return self._bury(worker, task, why, is_blamed=not is_gone and not worker.num_loans)
         self._scheduler.returned(worker, task)
         if isinstance(report.error, GuardError):
             raise report.error  # a broken promise: no other shard would fare better

@@ -120,9 +120,9 @@ class Site:
         )
 
 
-def written(bucket: Bucket, folder: Path, *, is_large: bool) -> Path:
-    """The config file of a bucket."""
-    changes: dict[str, Any] = {"run__max_failed": 0.5}
+def written(bucket: Bucket, folder: Path, *, is_large: bool, **changes: Any) -> Path:
+    """The config file of a bucket; `changes` as for `settings`."""
+    changes = {"run__max_failed": 0.5, **changes}
     if is_large:
         changes |= {"backbone__model": "python/models:wide"}
     path = folder / f"{bucket.name}.yaml"

@@ -60,6 +60,28 @@ def test_a_node_that_is_about_to_leave_finishes_what_it_has_and_gets_no_more(sit
     assert sorted(opened(bucket).keys()) == [f"{number:05d}" for number in range(NUM_SHARDS * 40)]
 
 
+@pytest.mark.timeout(600)
+def test_a_node_that_dies_tells_nothing_of_the_shard_that_it_had_in_hand(site: Site) -> None:
+    killed: list[int] = []
+    with FaultProxy(site.server.endpoint_url) as proxy:
+        bucket = Bucket(site.server, proxy.endpoint_url)
+        bucket.fill(noise(20), 10)
+        proxy.add(Rule(lambda request: request.method == "GET" and request.path.endswith(".tar"), delay(3.0)))
+
+        def kill(driver: Driver) -> None:
+            """Two nodes have one shard each, and one of them goes."""
+            if not killed and len(site.cluster.actors()) == 2 and proxy.count("GET", ".tar") == 2:
+                killed.extend(site.cluster.kill_node())
+                proxy.remove_rules()
+                site.cluster.add_node()
+
+        ended = site.run(written(bucket, site.folder, is_large=False, run__max_attempts=1), kill)
+    assert killed
+    assert ended.code == 0, ended
+    assert ended.report["actors_lost"] == 1
+    assert sorted(opened(bucket).keys()) == [f"{number:05d}" for number in range(20)]
+
+
 def lose(found: Contents) -> None:
     for column in (found["001"].keys, found["001"].others, found["001"].embeddings):
         column.pop(3)

@@ -221,7 +221,8 @@ def test_a_job_that_is_stopped_and_a_node_that_dies_cost_nothing(
     report, log = ended(process, 0)
     assert report["run"]["shards"]["adopted"] == num_finished >= len(LARGE)
     assert report["run"]["shards"]["extracted"] == NUM_SHARDS - num_finished
-    assert report["run"]["actors_lost"] == 2
+    # Those of the node, and whatever was sent there while nobody knew that it is dead.
+    assert report["run"]["actors_lost"] >= 2
     at_work = {actor["node"] for actor in report["run"]["actors"] if actor["first_batch_at"] is not None}
     assert len({actor["node"] for actor in report["run"]["actors"]}) == 3, "the node that died, the other, and the new one"
     assert len(at_work) == 2
