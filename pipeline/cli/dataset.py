@@ -8,7 +8,6 @@ import typer
 
 from pipeline import config
 from pipeline.cli.common import AsJson, EndpointUrl, OutputUrl, reporting, version_text
-from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.dataset.table import Table
@@ -25,7 +24,7 @@ def status(url: OutputUrl, endpoint_url: EndpointUrl = None, as_json: AsJson = F
 
         from pipeline import runs
         from pipeline.dataset.read import Dataset
-        from pipeline.dataset.table import Table
+        from pipeline.dataset.table import Table, missing
         from pipeline.storage import Store
 
         store = Store(config.Storage(endpoint_url=endpoint_url))
@@ -33,7 +32,7 @@ def status(url: OutputUrl, endpoint_url: EndpointUrl = None, as_json: AsJson = F
         last_runs = runs.latest(store, url)
         waiting = _num_waiting(store, url) if table is None else 0
         if table is None and not last_runs and waiting is None:
-            raise ConfigError(f"{url}: there is no dataset here; `pipeline run` makes one")
+            raise missing(store, url)
         quarantine = Dataset(table).quarantine() if table is not None else []
         reasons = collections.Counter(f"{row.stage}: {row.error}" for row in quarantine)
         report |= {

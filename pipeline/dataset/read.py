@@ -27,7 +27,7 @@ from pipeline.dataset.groups import Groups, RowGroup, present
 from pipeline.dataset.images import PLACE_COLUMNS as PLACE_COLUMNS
 from pipeline.dataset.images import read_image
 from pipeline.dataset.partition import Quarantined
-from pipeline.dataset.table import Entry, Table
+from pipeline.dataset.table import Entry, Table, missing
 from pipeline.dataset.topk import Candidates, Metric, TopK
 from pipeline.errors import DatasetError, PipelineError, SourceChanged, nearest
 from pipeline.storage import FileStat, Store, join
@@ -57,7 +57,7 @@ def open_dataset(
     """
     table = Table.open(Store(storage), url, version)
     if table is None:
-        raise DatasetError(f"{url}: there is no dataset yet; `pipeline run` makes one")
+        raise missing(Store(storage), url)
     return Dataset(table, Store(source_storage) if source_storage is not None else None)
 
 
@@ -294,8 +294,10 @@ class Dataset:
         schema = self._schema_of(columns)
         numbers = [number for number, entry in enumerate(self.entries()) if shard in (None, entry.shard)]
         if not numbers and shard is not None:
-            hint = nearest(shard, {entry.shard for entry in self.entries()})
-            raise DatasetError(f"{self.url}: version {self.version} has no shard {shard!r}; {hint or 'see its column shard'}")
+            urls = {entry.shard for entry in self.entries()}
+            alike = [each for each in sorted(urls) if each.endswith(f"/{shard}")]
+            meant = f"did you mean {', '.join(alike[:5])}?" if alike else nearest(shard, urls) or "see its column shard"
+            raise DatasetError(f"{self.url}: version {self.version} has no shard {shard!r}; {meant}")
         embeddings = [name for name in schema.names if name in self.nodes]
         others = list(dict.fromkeys(["key", "shard", *(name for name in schema.names if name not in self.nodes)]))
         read_schema = self._schema_of([*others, *embeddings])
@@ -317,7 +319,9 @@ class Dataset:
         for key, same in places.items():
             if not same:
                 where = f" in {shard}" if shard else ""
-                raise DatasetError(f"{self.url}: version {self.version} has no key {key!r}{where}")
+                first = self.take([0] if len(self) else [], ["key"]).column("key").to_pylist()
+                hint = f"; its keys are such as {first[0]!r}" if first else ""
+                raise DatasetError(f"{self.url}: version {self.version} has no key {key!r}{where}{hint}")
             if len(same) > 1:
                 shards = ", ".join(found.column("shard").take(pa.array(same[:5])).to_pylist()) + (
                     ", …" if len(same) > 5 else ""
