@@ -7,6 +7,7 @@ beside the tests of that command.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -200,6 +201,9 @@ def test_pictures_that_are_none_name_a_key_and_the_reason(place: Path, tmp_path:
     assert "11 of 11 samples cannot be embedded" in error and "nothing was committed" in error
     assert "(11 of 11, the first of them 00000: decode: not a picture in any of JPEG" in error
     assert "Mend the source, or raise run.max_failed" in error
+    first, then, *_ = invoke("status", tmp_path / "out").stdout.splitlines()
+    assert re.match(r"failed  last run \d+ s ago: 11 of 11 samples cannot be embedded, .*; nothing was committed yet$", first)
+    assert then == "next    mend that, then pipeline run CONFIG tries again, and adopts 1 finished partitions"
 
 
 @pytest.mark.parametrize(
