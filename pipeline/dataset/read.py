@@ -6,7 +6,6 @@ Embeddings come out of the Arrow buffers without a step in Python for a row. How
 from __future__ import annotations
 
 import functools
-import html
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pipeline.ahead import ahead
 from pipeline.config import Storage
-from pipeline.dataset import partition
+from pipeline.dataset import notebook, partition
 from pipeline.dataset.filter import Filter
 from pipeline.dataset.groups import Groups, RowGroup, present
 from pipeline.dataset.images import PLACE_COLUMNS as PLACE_COLUMNS
@@ -33,6 +32,7 @@ from pipeline.errors import DatasetError, PipelineError, SourceChanged, nearest
 from pipeline.storage import FileStat, Store, join
 
 if TYPE_CHECKING:
+    import pandas
     import torch
 
 IMAGES_AHEAD = 8
@@ -126,7 +126,7 @@ class Dataset:
         return f"<Dataset {self.url} version {self.version}: {len(self):,} rows, {nodes}>"
 
     def _repr_html_(self) -> str:
-        return f"<code>{html.escape(repr(self))}</code>"
+        return notebook.as_html(self)
 
     def files(self) -> list[str]:
         """URLs of the partitions: for every reader that does not know Delta."""
@@ -170,6 +170,14 @@ class Dataset:
         schema = self._schema_of(columns)
         groups = self._groups.map(lambda group: group.read(schema.names).cast(schema))
         return pa.concat_tables([schema.empty_table(), *groups])
+
+    def to_pandas(self, columns: Sequence[str] | None = None) -> pandas.DataFrame:
+        """The rows as a DataFrame, see `notebook.as_pandas`; all columns that are no embeddings, or those named.
+
+        Raises:
+            UserError: pandas is not installed (the extra `notebook` has it), or there is no such column.
+        """
+        return notebook.as_pandas(self.table(self.columns if columns is None else columns))
 
     def iter_batches(self, columns: Sequence[str] | None = None, batch_size: int = 4096) -> Iterator[pa.RecordBatch]:
         """The rows of `table()` in record batches of at most `batch_size`, which end where a row group ends."""
