@@ -6,6 +6,7 @@ Everything here goes to stderr, but for the summary and the tables: those are th
 from __future__ import annotations
 
 import collections
+import threading
 import time
 from collections.abc import Iterable
 from types import TracebackType
@@ -53,12 +54,14 @@ class Watch:
         self._bytes_done = self._bytes_total = 0
         self._stages: collections.Counter[str] = collections.Counter()
         self._run_id = ""
+        self._last_finished = self._start
+        self._over = threading.Event()
 
     def __enter__(self) -> Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stop_bar()
+        self._stop()
 
     def started(self, run_id: str) -> None:
         """The run has a name now: lines in a log carry it, and the time."""
@@ -68,11 +71,11 @@ class Watch:
 
     def planned(self, plan: Plan) -> None:
         """The plan stands; extraction begins."""
-        self._stop_bar()
+        self._stop()
         self.note(plan_line(plan))
         if not plan.extract:
             return
-        self._start = self._last_line = time.monotonic()
+        self._start = self._last_line = self._last_finished = time.monotonic()
         self._num_images, self._num_done, self._num_shards = 0, 0, len(plan.extract)
         self._bytes_done, self._bytes_total = 0, plan.num_bytes
         if self._console.is_terminal:
@@ -80,10 +83,13 @@ class Watch:
             self._bar = _Bar(*columns, console=self._console)
             self._task = self._bar.add_task("", total=len(plan.extract))
             self._bar.start()
+        else:
+            self._over = threading.Event()
+            threading.Thread(target=self._wait, args=(self._over,), name="progress", daemon=True).start()
 
     def finished(self, result: Result, num_actors: int) -> None:
         """One shard is done, or has failed."""
-        now = time.monotonic()
+        now = self._last_finished = time.monotonic()
         self._num_done += 1
         self._bytes_done += result.task.shard.num_bytes
         if result.partition is not None:
@@ -109,8 +115,7 @@ class Watch:
             self._bar.state = state
             self._bar.update(self._task, completed=self._num_done, description=f", {left}")
         else:
-            done = f"{self._num_done:,} of {self._num_shards:,} shards ({self._num_done / self._num_shards:.0%})"
-            self.note(f"{done}, {state}, {left}")
+            self.note(f"{self._done()}, {state}, {left}")
 
     def note(self, text: str) -> None:
         """A line for a person."""
@@ -118,7 +123,19 @@ class Watch:
             text = f"{time.strftime('%H:%M:%S', time.gmtime())} {self._run_id} {text}"
         self._console.print(Text(printable(text)), highlight=False, soft_wrap=True)
 
-    def _stop_bar(self) -> None:
+    def _done(self) -> str:
+        return f"{self._num_done:,} of {self._num_shards:,} shards ({self._num_done / self._num_shards:.0%})"
+
+    def _wait(self, over: threading.Event) -> None:
+        """A line now and then although no shard is finished: they may be large, and actors slow to start."""
+        while not over.wait(self._last_line + LINE_EVERY_S - time.monotonic()):
+            now = time.monotonic()
+            if now - self._last_line >= LINE_EVERY_S:
+                self._last_line = now
+                self.note(f"{self._done()}, none finished for {duration(now - self._last_finished)}")
+
+    def _stop(self) -> None:
+        self._over.set()
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -41,13 +42,28 @@ def test_errors_too(tmp_path: Path) -> None:
 def test_a_log_has_a_line_now_and_then_and_not_one_a_shard(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    start = time.monotonic()
     with terminal.Watch() as watch:
         summary = driver.run(settings(f"{shards}/*.tar", tmp_path / "out"), observer=watch)
+    num_seconds = time.monotonic() - start
     plan, *lines = capsys.readouterr().err.splitlines()
     assert re.fullmatch(rf"\d\d:\d\d:\d\d {summary.run_id} Plan: 4 shards to extract .*", plan)
     progress = rf"4 of 4 shards \(100%\), 60 images, {STATE}, about 0.0 s left"
     assert re.fullmatch(rf"\d\d:\d\d:\d\d {summary.run_id} {progress}", lines[-1])
-    assert len(lines) <= 2  # the last one, and one more where the actors took long to start
+    assert len(lines) <= 2 + num_seconds / terminal.LINE_EVERY_S, "the last one, and what the actors took to start"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_log_goes_on_while_no_shard_is_finished(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "LINE_EVERY_S", 0.1)
+    with terminal.Watch() as watch:
+        driver.run(settings(f"{shards}/000.tar", tmp_path / "out"), observer=watch)
+    first = capsys.readouterr().err.splitlines()[1]  # an actor takes seconds to start
+    assert re.search(r" 0 of 1 shards \(0%\), none finished for 0\.[12] s$", first)
+    time.sleep(0.3)
+    assert capsys.readouterr().err == "", "it ends with the run"
 
 
 @pytest.mark.usefixtures("local_ray")
