@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from pipeline.errors import ConfigError, nearest
+from pipeline.errors import ConfigError, nearby, nearest
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 Normalize = Literal["none", "l2"]
@@ -342,7 +342,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        reason = (error.strerror if isinstance(error, OSError) else None) or "is not UTF-8 text"
+        if isinstance(error, FileNotFoundError):
+            reason += f"; {nearby(str(path))}"
+        elif isinstance(error, IsADirectoryError):
+            reason += "; give the YAML file"
         raise ConfigError(f"{path}: the config cannot be read: {reason}") from None
     try:
         raw = yaml.safe_load(text)

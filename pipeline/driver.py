@@ -303,6 +303,8 @@ def _refresh(
             if observer is not None:
                 observer.note(_stopped(summary))  # now: whoever stops a job may not wait for its actors to end
             raise
+        if observer is not None and (warning := _unlabelled(settings, goal.target, summary.extracted)):
+            observer.note(warning)
         try:
             _merge(settings, goal, current, todo, finished, summary, wishes)
             break
@@ -365,7 +367,7 @@ def _merge(
     remove = [*todo.removed, *(entry for entry in todo.replaced if entry.shard in done)]
     if not finished and not remove:
         return
-    _check_budget(settings, finished)
+    _check_budget(settings, goal.target, finished)
     if not wishes.allow_removals:
         _check_shrinkage(settings, summary.num_rows, remove, finished)
     with ThreadPoolExecutor(16) as threads:
@@ -388,7 +390,7 @@ def _stopped(summary: Summary) -> str:
     return f"stopped; {num_finished} finished shards wait for the next run, which adopts them; nothing was committed"
 
 
-def _check_budget(settings: config.Config, finished: list[Partition]) -> None:
+def _check_budget(settings: config.Config, target: Target, finished: list[Partition]) -> None:
     num_read = sum(each.num_read for each in finished)
     num_quarantined = sum(each.num_quarantined for each in finished)
     allowed = max(ALWAYS_ALLOWED, int(settings.run.max_failed * num_read))
@@ -400,9 +402,33 @@ def _check_budget(settings: config.Config, finished: list[Partition]) -> None:
         worst = max(finished, key=lambda each: each.num_quarantined)
         raise BudgetExceeded(
             f"{num_quarantined} of {num_read} samples cannot be embedded, {limit} allows "
-            f"{allowed}; nothing was committed; most are in {worst.shard} ({worst.num_quarantined} of {worst.num_read}). "
+            f"{allowed}; nothing was committed; most are in {worst.shard} ({worst.num_quarantined} of {worst.num_read}"
+            f"{_why(target, worst)}). "
             f"Mend the source, or raise {limit.partition(' ')[0]} and run again: finished shards are kept for that"
         )
+
+
+def _unlabelled(settings: config.Config, target: Target, extracted: list[Partition]) -> str | None:
+    """A warning where no sample at the begin of the largest partition has the label that the config names: mostly a typo.
+
+    A sample without a label is none to refuse, so every row would silently have null.
+    """
+    largest = max(extracted, key=lambda each: each.num_rows, default=None)
+    if settings.source.label is None or largest is None or not largest.num_rows:
+        return None
+    first = partition.first_rows(target.store, join(target.url, largest.path), largest.num_bytes, "label")
+    if first.null_count < len(first):
+        return None
+    return f"warning: source.label: none of the first {len(first):,} images of {largest.shard} has {settings.source.label!r}"
+
+
+def _why(target: Target, worst: Partition) -> str:
+    """The reason that most of a partition's quarantined samples have; a label of another name is one for all of them."""
+    footer = partition.read_footer(target.store, target.store.stat(join(target.url, worst.path)))
+    rows = partition.read_quarantine(target.store, target.url, footer)
+    (kind, _), *_ = collections.Counter((row.stage, row.error) for row in rows).most_common(1)
+    first = next(row for row in rows if (row.stage, row.error) == kind)
+    return f", the first of them {first.key}: {first.stage}: {first.message}"
 
 
 def _check_shrinkage(settings: config.Config, num_before: int, remove: list[table.Entry], finished: list[Partition]) -> None:

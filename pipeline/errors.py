@@ -7,10 +7,11 @@ PipelineError
 │   ├── BackboneError      no such model, weights or node
 │   └── DatasetError       no dataset there, or one that this version cannot read
 │       └── SourceChanged    the image that a row was made from is no longer there
-│   ├── DatasetError       no dataset there, or one that this version cannot read
 │   └── ClusterError       no Ray cluster there, or one that does not take the job
 ├── WorldError           what the world did: exit code 1
 │   ├── StorageError       the store refused or failed, after the retries that made sense
+│   │   └── StorageRefused   it answered, and the answer is no: exit code 2
+│   │       └── NotFound       nothing lies there
 │   ├── ShardError         one shard cannot be read: names the shard; the others go on
 │   └── ShardChanged       a shard is no longer what was listed: it is listed again
 ├── RunError             the run's own verdict: exit code 1
@@ -25,8 +26,17 @@ PipelineError
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import glob
+import itertools
+import os
+import re
 from collections.abc import Iterable
+from pathlib import Path
+
+MAX_NAMES = 1000
+"""Of a folder, to look for one that was meant."""
 
 
 class PipelineError(Exception):
@@ -77,6 +87,19 @@ class StorageRefused(StorageError):
     """The store answered, and the answer is no: missing, forbidden, not possible. For the user to mend."""
 
     exit_code = 2
+
+
+class NotFound(StorageRefused):
+    """Nothing lies there.
+
+    Args:
+        message: as of every error.
+        url: where nothing lies.
+    """
+
+    def __init__(self, message: str, url: str = "") -> None:
+        super().__init__(message)
+        self.url = url
 
 
 class ShardError(WorldError):
@@ -136,10 +159,34 @@ class SampleError(PipelineError):
         return error if isinstance(error, cls) else cls("decode", type(error).__name__, f"cannot be decoded: {error}")
 
 
-def nearest(name: str, names: Iterable[str], count: int = 5) -> str:
+def nearest(name: str, names: Iterable[str], count: int = 5, cutoff: float = 0.4) -> str:
     """`did you mean a, b, c?` for a name that does not exist; empty when nothing is near."""
-    found = difflib.get_close_matches(name, list(names), n=count, cutoff=0.4)
+    found = difflib.get_close_matches(name, list(names), n=count, cutoff=cutoff)
     return f"did you mean {', '.join(found)}?" if found else ""
+
+
+def nearby(url: str) -> str:
+    """Where a path to nothing leaves what is there: `/data has no 'shard'; did you mean shards?`. Empty where nobody can tell.
+
+    Only local folders are looked into, and only the first names of a large one. It is for one line to a person, once.
+    """
+    if slip := re.match(r"(s3|gs|gcs|abfs|az|http|https|file|hdfs):/?(?!/)", url):
+        return f"did you mean {slip[1]}://{url[slip.end() :]}?"
+    if "://" in url.removeprefix("file://"):
+        return ""
+    there = Path("/")
+    for part in Path(os.path.abspath(url.removeprefix("file://"))).parts[1:]:
+        if not there.is_dir():
+            return f"{there} is a file, not a folder"
+        if glob.has_magic(part) and not (there / part).exists():
+            return f"nothing in {there} matches {part!r}"
+        if not (there / part).exists():
+            with contextlib.suppress(OSError), os.scandir(there) as entries:
+                hint = nearest(part, (entry.name for entry in itertools.islice(entries, MAX_NAMES)), 3, 0.6)
+                return f"{there} has no {part!r}" + (f"; {hint}" if hint else "")
+            return ""
+        there /= part
+    return ""
 
 
 def printable(text: str) -> str:

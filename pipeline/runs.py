@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import re
 import uuid
 from typing import Any
 
@@ -14,12 +15,14 @@ from pipeline.storage import Store, join
 RUNS_FOLDER = "_runs"
 PROBE_FOLDER, PROBE_FILE = "probe", "probe.safetensors"
 """In the folder of a run."""
+ID_FORMAT = "%Y%m%dT%H%M%SZ"
+"""When a run began, the first part of its name."""
 
 
 def new_id() -> str:
     """A run's name: they sort by time."""
     now = datetime.datetime.now(datetime.UTC)
-    return f"{now:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
+    return f"{now:{ID_FORMAT}}-{uuid.uuid4().hex[:6]}"
 
 
 def latest(store: Store, url: str) -> list[dict[str, Any]]:
@@ -31,6 +34,20 @@ def latest(store: Store, url: str) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):  # half a file of a store that is not atomic
             found.append(json.loads(store.read(each)))
     return found
+
+
+def unfinished(store: Store, url: str) -> dict[str, str] | None:
+    """`run_id` and `began` of the newest run, if it has left no `run.json`: it is at work, or was killed."""
+    names = {"config.yaml": "", "run.json": ""}
+    for file in store.list(join(url, RUNS_FOLDER), missing_ok=True):
+        run_id, name = file.url.split("/")[-2:]
+        if name in names and re.match(r"\d{8}T\d{6}Z-", run_id):
+            names[name] = max(names[name], run_id)
+    newest = names["config.yaml"]
+    if newest <= names["run.json"]:
+        return None
+    began = datetime.datetime.strptime(newest.partition("-")[0], ID_FORMAT).replace(tzinfo=datetime.UTC)
+    return {"run_id": newest, "began": began.isoformat(timespec="seconds")}
 
 
 def newest_probe(store: Store, url: str) -> str:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from pipeline.ahead import ahead
 from pipeline.config import Storage
-from pipeline.errors import PipelineError, ShardChanged, StorageError, StorageRefused
+from pipeline.errors import NotFound, PipelineError, ShardChanged, StorageError, StorageRefused, nearest
 from pipeline.rawfile import Pieces, Ranges
 from pipeline.recipe import digest
 
@@ -87,7 +87,8 @@ class Store:
                     made.session = made.session or _s3_session(made.kwargs)
                     made.retries = 1  # `_retry` does it, with jitter: the two would multiply to minutes
             except Exception as error:  # every filesystem has its own way to refuse what it was given
-                raise StorageRefused(f"{url}: {self.redact(str(error))}") from None
+                hint = nearest(protocol, fsspec.available_protocols(), 3) if "not known" in str(error) else ""
+                raise StorageRefused(f"{url}: {self.redact(str(error))}" + (f"; {hint}" if hint else "")) from None
             self._filesystems[protocol] = made
         fs = self._filesystems[protocol]
         return fs, str(fs._strip_protocol(url))
@@ -160,7 +161,7 @@ class Store:
             found = True
             yield self._stat(fs, name, info)
         if not found and not missing_ok:
-            raise StorageRefused(f"{url}: there is no such file or folder, or it is empty")
+            raise NotFound(f"{url}: there is no such file or folder, or it is empty", url)
 
     def stat(self, url: str) -> FileStat:
         """Size and version of one file now.
@@ -590,8 +591,10 @@ def _retry(attempt: Callable[[], T], url: str, missing_ok: bool = False) -> T:
         except FileNotFoundError as error:
             if missing_ok:
                 raise
-            what = "bucket" if "bucket" in str(error).lower() else "file or folder"
-            raise StorageRefused(f"{url}: there is no such {what}") from None
+            if "bucket" in str(error).lower():
+                where = "check its name, and storage.endpoint_url or --endpoint-url where the store is not AWS"
+                raise NotFound(f"{url}: there is no such bucket; {where}", url) from None
+            raise NotFound(f"{url}: there is no such file or folder", url) from None
         except _REFUSALS as error:
             raise StorageRefused(f"{url}: {_reason(error)}") from None
         except Exception as error:
@@ -622,7 +625,17 @@ _FINAL = {errno.EINVAL, errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.EDQ
 
 def _reason(error: OSError) -> str:
     """What the store said: Python's text for a system error, the store's own for an answer of its."""
+    if mend := _MENDS.get(error.errno or 0):
+        return mend
     return str(error.args[1] if len(error.args) > 1 else error) or type(error).__name__
+
+
+_MENDS = {
+    errno.EISDIR: "is a folder; name a file",
+    errno.ENOTDIR: "a part of this path is a file where a folder has to be; name another place",
+    errno.EEXIST: "a part of this path is a file where a folder has to be; name another place",
+}
+"""What to do, where the system's own words do not say it. EEXIST: the folder of a file could not be made."""
 
 
 def _transient(error: Exception) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,24 @@ def invoke(*arguments: str | Path, env: dict[str, str] | None = None) -> subproc
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
+
+
+def parsed(line: str) -> tuple[str, dict[str, Any]]:
+    """A command line of `pipeline` as its own parser takes it: the command's name, and its parameters.
+
+    Raises:
+        UsageError: it does not take it.
+    """
+    import typer
+
+    from pipeline.cli import app
+
+    program, *arguments = shlex.split(line)
+    assert program.rpartition("/")[2] == "pipeline"
+    root: Any = typer.main.get_command(app)
+    context = root.make_context("pipeline", list(arguments))
+    name, found, rest = root.resolve_command(context, list(arguments))
+    return name, found.make_context(name, rest, parent=context).params
 
 
 def last_line(finished: subprocess.CompletedProcess[str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import typer
 
 from pipeline.cli import curate, dataset, embed, export, probe, run, search, setup, submit, verify
 from pipeline.cli.common import PlainFormatter
+from pipeline.cli.usage import Commands
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     run.run,
@@ -39,6 +40,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
 """In the order in which help lists them."""
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,

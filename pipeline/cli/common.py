@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.errors import PipelineError, printable
+from pipeline.errors import NotFound, PipelineError, nearby, printable
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file with the config.")]
 OutputUrl = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or URL of a dataset.")]
@@ -34,8 +34,8 @@ def reporting(as_json: bool) -> Iterator[dict[str, Any]]:
     try:
         yield report
     except PipelineError as error:
-        typer.echo(f"error: {printable(str(error))}", err=True)
-        report["error"] = str(error)
+        report["error"] = _with_hint(error)
+        typer.echo(f"error: {printable(report['error'])}", err=True)
         code = error.exit_code
     except KeyboardInterrupt:
         report["error"] = report.get("error") or "stopped; what was finished is kept for the next run"
@@ -45,6 +45,13 @@ def reporting(as_json: bool) -> Iterator[dict[str, Any]]:
         typer.echo(json.dumps(report, ensure_ascii=False, default=str))
     if code:
         raise typer.Exit(code)
+
+
+def _with_hint(error: PipelineError) -> str:
+    """Its message; of a path that leads to nothing also where it leaves what is there."""
+    missing = next((each for each in (error, error.__context__) if isinstance(each, NotFound)), None)
+    hint = nearby(missing.url) if missing is not None else ""
+    return f"{error}; {hint}" if hint else str(error)
 
 
 def version_text(url: str, version: int | None) -> str:

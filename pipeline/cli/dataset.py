@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline import config
-from pipeline.cli.common import AsJson, EndpointUrl, OutputUrl, reporting, version_text
-from pipeline.errors import ConfigError
+from pipeline.cli.common import AsJson, EndpointUrl, OutputUrl, reporting
 
 if TYPE_CHECKING:
     from pipeline.dataset.table import Table
@@ -16,24 +15,27 @@ if TYPE_CHECKING:
 
 
 def status(url: OutputUrl, endpoint_url: EndpointUrl = None, as_json: AsJson = False) -> None:
-    """Show version, rows, recipe, quarantine, the last versions and the last runs of a dataset.
+    """Show whether the last run went well and what to do next; version, rows, recipe, quarantine, last versions and runs.
 
     Example: pipeline status data/embeddings
     """
     with reporting(as_json) as report:
         import collections
+        import datetime
 
         from pipeline import runs
         from pipeline.dataset.read import Dataset
-        from pipeline.dataset.table import Table
+        from pipeline.dataset.table import Table, missing
+        from pipeline.report import status
         from pipeline.storage import Store
 
         store = Store(config.Storage(endpoint_url=endpoint_url))
         table = Table.open(store, url)
         last_runs = runs.latest(store, url)
         waiting = _num_waiting(store, url) if table is None else 0
-        if table is None and not last_runs and waiting is None:
-            raise ConfigError(f"{url}: there is no dataset here; `pipeline run` makes one")
+        unfinished = runs.unfinished(store, url)
+        if table is None and not last_runs and waiting is None and unfinished is None:
+            raise missing(store, url)
         quarantine = Dataset(table).quarantine() if table is not None else []
         reasons = collections.Counter(f"{row.stage}: {row.error}" for row in quarantine)
         report |= {
@@ -49,9 +51,12 @@ def status(url: OutputUrl, endpoint_url: EndpointUrl = None, as_json: AsJson = F
             "history": _history(table) if table is not None else [],
             "runs": [{name: each[name] for name in ("run_id", "finished", "version", "committed", "images", "seconds", "error")}
                      for each in last_runs[:5]],
+            "unfinished": unfinished,
         }  # fmt: skip
+        found = status.verdict(report, datetime.datetime.now(datetime.UTC))
+        report |= {"state": found.state, "summary": found.text, "next": found.next}
         if not as_json:
-            _show_status(report, quarantine[:3])
+            status.show(report, quarantine[:3])
 
 
 def diff(
@@ -150,28 +155,3 @@ def _history(table: Table) -> list[dict[str, Any]]:
         }
         for commit in table.history(10)
     ]
-
-
-def _show_status(report: dict[str, Any], examples: list[Any]) -> None:
-    from pipeline.report import terminal
-
-    rows = [("dataset", version_text(report["output"], report["version"]))]
-    rows.append(("rows", f"{report['rows']:,} from {report['shards']:,} shards"))
-    rows += [("column", f"{name}: {width} x float32") for name, width in report["nodes"].items()]
-    if report["recipe"]:
-        recipe = report["recipe"]
-        rows.append(("recipe", f"{recipe['model']}, weights {recipe['weights']}, {recipe['precision']}"))
-    rows.append(("quarantined", f"{report['quarantined']:,}"))
-    rows += [("", f"{count:,} x {reason}") for reason, count in report["quarantine_reasons"].items()]
-    rows += [("", f"{row.shard} {row.key}: {row.message}") for row in examples]
-    if report["waiting"]:
-        rows.append(("waiting", f"{report['waiting']:,} finished partitions, which the next run adopts"))
-    for each in report["history"]:
-        what = "by another program" if each["rows"] is None else (
-            f"{each['rows']:,} rows, {each['added']:,} partitions added, {each['removed']:,} removed"
-        )  # fmt: skip
-        rows.append(("version", f"{each['version']}  {each['when']}  {what}"))
-    for each in report["runs"]:
-        outcome = each["error"] or f"{each['images']['embedded']:,} embedded, {each['images']['quarantined']:,} quarantined"
-        rows.append(("run", f"{each['finished']}  {outcome}, {terminal.duration(each['seconds'])}"))
-    terminal.show_pairs(rows)

@@ -252,6 +252,12 @@ def read_footer(store: Store, file: FileStat) -> dict[str, Any]:
     return dict(content)
 
 
+def first_rows(store: Store, url: str, num_bytes: int, column: str) -> pa.ChunkedArray:
+    """One column of a partition's first row group."""
+    file = pq.ParquetFile(store.open_ranges(url, num_bytes))
+    return file.read_row_group(0, columns=[column]).column(0)
+
+
 def check(target: Target, partition: Partition) -> None:
     """Hold a finished partition against its own footer and against what is about to be committed.
 

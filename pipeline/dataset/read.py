@@ -6,7 +6,6 @@ Embeddings come out of the Arrow buffers without a step in Python for a row. How
 from __future__ import annotations
 
 import functools
-import html
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,18 +20,19 @@ from numpy.typing import ArrayLike, NDArray
 
 from pipeline.ahead import ahead
 from pipeline.config import Storage
-from pipeline.dataset import partition
+from pipeline.dataset import notebook, partition
 from pipeline.dataset.filter import Filter
 from pipeline.dataset.groups import Groups, RowGroup, present
 from pipeline.dataset.images import PLACE_COLUMNS as PLACE_COLUMNS
 from pipeline.dataset.images import read_image
 from pipeline.dataset.partition import Quarantined
-from pipeline.dataset.table import Entry, Table
+from pipeline.dataset.table import Entry, Table, missing
 from pipeline.dataset.topk import Candidates, Metric, TopK
 from pipeline.errors import DatasetError, PipelineError, SourceChanged, nearest
 from pipeline.storage import FileStat, Store, join
 
 if TYPE_CHECKING:
+    import pandas
     import torch
 
 IMAGES_AHEAD = 8
@@ -57,7 +57,7 @@ def open_dataset(
     """
     table = Table.open(Store(storage), url, version)
     if table is None:
-        raise DatasetError(f"{url}: there is no dataset yet; `pipeline run` makes one")
+        raise missing(Store(storage), url)
     return Dataset(table, Store(source_storage) if source_storage is not None else None)
 
 
@@ -126,7 +126,7 @@ class Dataset:
         return f"<Dataset {self.url} version {self.version}: {len(self):,} rows, {nodes}>"
 
     def _repr_html_(self) -> str:
-        return f"<code>{html.escape(repr(self))}</code>"
+        return notebook.as_html(self)
 
     def files(self) -> list[str]:
         """URLs of the partitions: for every reader that does not know Delta."""
@@ -170,6 +170,14 @@ class Dataset:
         schema = self._schema_of(columns)
         groups = self._groups.map(lambda group: group.read(schema.names).cast(schema))
         return pa.concat_tables([schema.empty_table(), *groups])
+
+    def to_pandas(self, columns: Sequence[str] | None = None) -> pandas.DataFrame:
+        """The rows as a DataFrame, see `notebook.as_pandas`; all columns that are no embeddings, or those named.
+
+        Raises:
+            UserError: pandas is not installed (the extra `notebook` has it), or there is no such column.
+        """
+        return notebook.as_pandas(self.table(self.columns if columns is None else columns))
 
     def iter_batches(self, columns: Sequence[str] | None = None, batch_size: int = 4096) -> Iterator[pa.RecordBatch]:
         """The rows of `table()` in record batches of at most `batch_size`, which end where a row group ends."""
@@ -294,8 +302,10 @@ class Dataset:
         schema = self._schema_of(columns)
         numbers = [number for number, entry in enumerate(self.entries()) if shard in (None, entry.shard)]
         if not numbers and shard is not None:
-            hint = nearest(shard, {entry.shard for entry in self.entries()})
-            raise DatasetError(f"{self.url}: version {self.version} has no shard {shard!r}; {hint or 'see its column shard'}")
+            urls = {entry.shard for entry in self.entries()}
+            alike = [each for each in sorted(urls) if each.endswith(f"/{shard}")]
+            meant = f"did you mean {', '.join(alike[:5])}?" if alike else nearest(shard, urls) or "see its column shard"
+            raise DatasetError(f"{self.url}: version {self.version} has no shard {shard!r}; {meant}")
         embeddings = [name for name in schema.names if name in self.nodes]
         others = list(dict.fromkeys(["key", "shard", *(name for name in schema.names if name not in self.nodes)]))
         read_schema = self._schema_of([*others, *embeddings])
@@ -317,7 +327,9 @@ class Dataset:
         for key, same in places.items():
             if not same:
                 where = f" in {shard}" if shard else ""
-                raise DatasetError(f"{self.url}: version {self.version} has no key {key!r}{where}")
+                first = self.take([0] if len(self) else [], ["key"]).column("key").to_pylist()
+                hint = f"; its keys are such as {first[0]!r}" if first else ""
+                raise DatasetError(f"{self.url}: version {self.version} has no key {key!r}{where}{hint}")
             if len(same) > 1:
                 shards = ", ".join(found.column("shard").take(pa.array(same[:5])).to_pylist()) + (
                     ", …" if len(same) > 5 else ""

@@ -8,13 +8,16 @@ from and is never retried blindly: what lost a race looks first, and plans again
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -23,7 +26,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction, create_table_with_add_actions
 
 from pipeline.dataset.partition import DATA_FOLDER, Partition, Target, identity_of
-from pipeline.errors import CommitConflict, ConfigError, DatasetError, StorageError, StorageRefused
+from pipeline.errors import MAX_NAMES, CommitConflict, ConfigError, DatasetError, StorageError, StorageRefused, nearby
 from pipeline.recipe import FORMAT_VERSION, Recipe, canonical
 from pipeline.storage import FileStat, Store, join
 
@@ -79,18 +82,22 @@ class Table:
         if version is not None and version < 0:
             raise DatasetError(f"{url}: there is no version {version}; the first one is 0")
         location = store.absolute(url)
+        if os.path.isfile(store.local_path(location) or ""):
+            raise DatasetError(f"{url}: is a file; a dataset is a folder, which `pipeline run` makes")
         try:
             delta = DeltaTable(location, version=version, storage_options=store.delta_options(location))
         except TableNotFoundError:
             return None
         except (DeltaError, OSError) as error:
             if version is not None and "version" in str(error).lower():
-                raise DatasetError(f"{url}: there is no version {version}") from None
+                newest = cls.open(store, url)
+                which = f"; the newest is {newest.version}" if newest is not None else ""
+                raise DatasetError(f"{url}: there is no version {version}{which}") from None
             raise _storage_error(store, url, error) from None
         table = cls(store, url, delta)
         found = table.layout_fields.get("format_version") if table.is_ours else None
         if found is None:
-            raise DatasetError(f"{url}: a Delta table that this program did not write")
+            raise DatasetError(f"{url}: a Delta table that this program did not write; name another folder")
         if found > FORMAT_VERSION:
             raise DatasetError(
                 f"{url}: has format version {found}, this program reads up to {FORMAT_VERSION}; install a newer frozen-pipeline"
@@ -189,6 +196,17 @@ class Table:
         return self.version + 1  # without retries it can be no other
 
 
+def missing(store: Store, url: str) -> DatasetError:
+    """The error for a place where nothing was committed, with the dataset that may be meant: a local one around it or in it."""
+    path, near = store.local_path(store.absolute(url)), []
+    if path is not None:
+        folder = Path(path)
+        around = (*folder.parents[:3], *itertools.islice(folder.glob("*"), MAX_NAMES))
+        near = sorted(each for each in around if (each / LOG_FOLDER).is_dir() and (each / DATA_FOLDER).is_dir())
+    hint = f"did you mean {', '.join(map(str, near[:3]))}?" if near else nearby(url)
+    return DatasetError(f"{url}: there is no dataset yet; `pipeline run` makes one" + (f"; {hint}" if hint else ""))
+
+
 def create(target: Target, run_id: str, add: Sequence[Partition]) -> int:
     """Make the table with its first version, in one commit; that version.
 
@@ -258,7 +276,7 @@ def vacuum(
         assert table is not None, "the log names this version"
         named |= {entry.path for entry in table.entries}
     if not kept:
-        raise DatasetError(f"{url}: there is no dataset yet; `pipeline run` makes one")
+        raise missing(store, url)
     files = [file for path, file in sorted(old.items()) if _is_waste(path, named)]
     if not dry_run:
         with ThreadPoolExecutor(16) as threads:

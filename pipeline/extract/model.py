@@ -123,7 +123,8 @@ Built = tuple[nn.Module, Preprocess, bool]
 def _torchvision(name: str, settings: config.Backbone) -> Built:
     models = torchvision.models.list_models(module=torchvision.models)
     if name not in models:
-        raise BackboneError(f"backbone.model: torchvision has no classification model {name!r}; {nearest(name, models)}")
+        hint = nearest(name, models) or "for example resnet50, vit_b_16, convnext_tiny"
+        raise BackboneError(f"backbone.model: torchvision has no classification model {name!r}; {hint}")
     enum = torchvision.models.get_model_weights(name)
     members = {member.name: member for member in enum}
     weights = members.get(settings.weights)
@@ -158,7 +159,8 @@ def _timm(name: str, settings: config.Backbone) -> Built:
         raise BackboneError("backbone.model: timm is not installed; install frozen-pipeline[timm]") from None
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
-        raise BackboneError(f"backbone.model: timm has no model {name!r}; {nearest(architecture, timm.list_models())}")
+        hint = nearest(architecture, timm.list_models()) or "timm.list_models() has them"
+        raise BackboneError(f"backbone.model: timm has no model {name!r}; {hint}")
     pretrained = settings.weights == "pretrained"
     if not pretrained and not _is_elsewhere(settings.weights):
         raise BackboneError(
@@ -184,9 +186,14 @@ def _timm(name: str, settings: config.Backbone) -> Built:
 def _python(name: str, settings: config.Backbone) -> Built:
     module_name, _, function_name = name.partition(":")
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise BackboneError(f"backbone.model: {name} cannot be imported: {error}") from None
+        module = importlib.import_module(module_name)
+        function = getattr(module, function_name)
+    except ImportError as error:
+        where = "modules are looked for in the working directory, in PYTHONPATH and among what is installed"
+        raise BackboneError(f"backbone.model: {name} cannot be imported: {error}; {where}") from None
+    except AttributeError as error:
+        hint = nearest(function_name, [each for each in vars(module) if callable(getattr(module, each))])
+        raise BackboneError(f"backbone.model: {name} cannot be imported: {error}" + (f"; {hint}" if hint else "")) from None
     if settings.weights != "builtin" and not _is_elsewhere(settings.weights):
         raise BackboneError(
             f"backbone.weights: {settings.weights!r} is wrong for a python model; allowed are builtin, the URL of a "
@@ -242,7 +249,7 @@ def _package_file(url: str) -> str:
     module_name, _, path = url.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(module_name)
     if spec is None or not spec.submodule_search_locations:
-        raise BackboneError(f"package {module_name!r} is not installed")
+        raise BackboneError(f"package {module_name!r} is not installed; install it, or give the URL of a file")
     return str(Path(spec.submodule_search_locations[0]) / path)
 
 

@@ -6,11 +6,13 @@ Everything here goes to stderr, but for the summary and the tables: those are th
 from __future__ import annotations
 
 import collections
+import threading
 import time
+from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -29,24 +31,37 @@ MAX_CELL = 48
 """Characters of a table's cell that comes from data."""
 
 
+class _Bar(Progress):
+    """How far a run is in one line that fits 80 columns, and below it how it comes along: in one line both would be cut off."""
+
+    state = "starting actors"
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The two of them."""
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.state)
+
+
 class Watch:
     """Tells how a run comes along. A context manager, and the driver's `Observer`."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
-        self._bar: Progress | None = None
+        self._bar: _Bar | None = None
         self._task: TaskID | None = None
         self._start = self._last_line = time.monotonic()
         self._num_images = self._num_quarantined = self._num_failed = self._num_done = self._num_shards = 0
         self._bytes_done = self._bytes_total = 0
         self._stages: collections.Counter[str] = collections.Counter()
         self._run_id = ""
+        self._last_finished = self._start
+        self._over = threading.Event()
 
     def __enter__(self) -> Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stop_bar()
+        self._stop()
 
     def started(self, run_id: str) -> None:
         """The run has a name now: lines in a log carry it, and the time."""
@@ -56,29 +71,25 @@ class Watch:
 
     def planned(self, plan: Plan) -> None:
         """The plan stands; extraction begins."""
-        self._stop_bar()
+        self._stop()
         self.note(plan_line(plan))
         if not plan.extract:
             return
-        self._start = self._last_line = time.monotonic()
+        self._start = self._last_line = self._last_finished = time.monotonic()
         self._num_images, self._num_done, self._num_shards = 0, 0, len(plan.extract)
         self._bytes_done, self._bytes_total = 0, plan.num_bytes
         if self._console.is_terminal:
-            self._bar = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("shards"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
-            self._task = self._bar.add_task("starting actors", total=len(plan.extract))
+            columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TextColumn("shards{task.description}"))
+            self._bar = _Bar(*columns, console=self._console)
+            self._task = self._bar.add_task("", total=len(plan.extract))
             self._bar.start()
+        else:
+            self._over = threading.Event()
+            threading.Thread(target=self._wait, args=(self._over,), name="progress", daemon=True).start()
 
     def finished(self, result: Result, num_actors: int) -> None:
         """One shard is done, or has failed."""
-        now = time.monotonic()
+        now = self._last_finished = time.monotonic()
         self._num_done += 1
         self._bytes_done += result.task.shard.num_bytes
         if result.partition is not None:
@@ -92,16 +103,19 @@ class Watch:
             return  # a million shards are more than anybody reads
         self._last_line = now
         rate = self._num_images / max(now - self._start, 1e-9)
-        state = f"{self._num_images:,} images, {rate:,.0f}/s, {self._num_quarantined} quarantined, {num_actors} actors"
+        actors = f"{num_actors} actor{'s' if num_actors != 1 else ''}"
+        state = f"{self._num_images:,} images, {rate:,.0f}/s, {self._num_quarantined:,} quarantined, {actors}"
         state += f", bound by {metrics.bound_by(self._stages)} ({shares(metrics.busy(self._stages))})"
         if self._num_failed:
-            state += f", {self._num_failed} shards failed"
+            state += f", {self._num_failed:,} shards failed"
+        # By bytes: the large shards come first.
+        seconds = (now - self._start) * (self._bytes_total - self._bytes_done) / max(self._bytes_done, 1)
+        left = f"about {duration(seconds)} left"
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._num_done, description=state)
+            self._bar.state = state
+            self._bar.update(self._task, completed=self._num_done, description=f", {left}")
         else:
-            left = (now - self._start) * (self._bytes_total - self._bytes_done) / max(self._bytes_done, 1)
-            done = f"{self._num_done:,} of {self._num_shards:,} shards ({self._num_done / self._num_shards:.0%})"
-            self.note(f"{done}, {state}, about {duration(left)} left")
+            self.note(f"{self._done()}, {state}, {left}")
 
     def note(self, text: str) -> None:
         """A line for a person."""
@@ -109,7 +123,19 @@ class Watch:
             text = f"{time.strftime('%H:%M:%S', time.gmtime())} {self._run_id} {text}"
         self._console.print(Text(printable(text)), highlight=False, soft_wrap=True)
 
-    def _stop_bar(self) -> None:
+    def _done(self) -> str:
+        return f"{self._num_done:,} of {self._num_shards:,} shards ({self._num_done / self._num_shards:.0%})"
+
+    def _wait(self, over: threading.Event) -> None:
+        """A line now and then although no shard is finished: they may be large, and actors slow to start."""
+        while not over.wait(self._last_line + LINE_EVERY_S - time.monotonic()):
+            now = time.monotonic()
+            if now - self._last_line >= LINE_EVERY_S:
+                self._last_line = now
+                self.note(f"{self._done()}, none finished for {duration(now - self._last_finished)}")
+
+    def _stop(self) -> None:
+        self._over.set()
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -390,12 +416,18 @@ def _print(table: Table) -> None:
     console.print(table)
 
 
-def show_pairs(rows: list[tuple[str, str]]) -> None:
-    """Names and values, aligned; values are data and never markup, and their lines are never broken."""
+def show_pairs(rows: list[tuple[str, str]], styles: dict[str, str] | None = None) -> None:
+    """Names and values, aligned; values are data and never markup, and their lines are never broken.
+
+    Args:
+        rows: in this order.
+        styles: of names that are more than bold. Colours are left out by rich where nobody sees them, and with NO_COLOR.
+    """
     console = Console(highlight=False)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        console.print(Text.assemble((name.ljust(width), "bold"), "  ", printable(value)), soft_wrap=True)
+        style = (styles or {}).get(name, "bold")
+        console.print(Text.assemble((name.ljust(width), style), "  ", printable(value)), soft_wrap=True)
 
 
 def size(num_bytes: float) -> str:
@@ -408,11 +440,20 @@ def size(num_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`42 s`, `3 min 20 s`, `2 h 5 min`."""
+    """`42 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24} h"
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def ago(seconds: float) -> str:
+    """`7 h ago`: how long since, in the largest unit of which there are at least two."""
+    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+    length, unit = next(((length, unit) for length, unit in units if seconds >= 2 * length), units[-1])
+    return f"{max(0, int(seconds // length))} {unit} ago"

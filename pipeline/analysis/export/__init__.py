@@ -287,4 +287,4 @@ def _faiss_refusing(factory: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = re.sub(r"^Error in .+? at \S+:\d+: ", "", str(error), flags=re.DOTALL)
-        raise ConfigError(f"faiss-index: {factory!r}: {reason}") from None
+        raise ConfigError(f"faiss-index: {factory!r}: {reason}; such as Flat, HNSW32 and IVF1024,Flat are allowed") from None
