@@ -42,7 +42,7 @@ def write_dataset(
         keys: `00000` and so on when left out.
         content_hashes: of the key, when left out.
         rows_per_shard: so many rows have the same shard; or the number of rows of each shard, which may be 0.
-        columns: what else is carried along, and `width` and `height` (100 x 75 when left out).
+        columns: what else is carried along, and any of `PLACES` where it is not to be made up.
         precision: of the recipe. With float16 and bfloat16 values are stored as rounded, which they have to be.
         storage: how to reach `folder`.
         rows_per_group: rows of a row group; as in a run when left out.
@@ -53,13 +53,11 @@ def write_dataset(
     rows: dict[str, Sequence[Any]] = {
         "key": keys,
         "content_hash": content_hashes if content_hashes is not None else [digest(key) for key in keys],
-        "width": [100] * num_rows,
-        "height": [75] * num_rows,
         **({"label": labels} if labels is not None else {}),
         **(columns or {}),
     }
     carried = [pa.field(name, pa.array(list(values)).type) for name, values in rows.items() if name == "label"]
-    carried += [pa.field(name, pa.array(list(values)).type) for name, values in (columns or {}).items() if name not in SIZES]
+    carried += [pa.field(name, pa.array(list(values)).type) for name, values in (columns or {}).items() if name not in PLACES]
     recipe = Recipe(
         fields={"model": "none", "weights": "none", "nodes": {name: {} for name in arrays}, "precision": precision},
         widths={name: values.shape[1] for name, values in arrays.items()},
@@ -79,7 +77,8 @@ def write_dataset(
     return open_dataset(str(folder), storage=storage)
 
 
-SIZES = ("width", "height")
+PLACES = ("width", "height", "url", "offset", "nbytes")
+"""Columns of a source that there need not be."""
 
 
 def _write(
@@ -87,12 +86,15 @@ def _write(
 ) -> Partition:
     """The partition of one shard."""
     num_rows = len(rows["key"])
-    rows |= {
+    rows = {
         "shard": [shard] * num_rows,
         "index": list(range(num_rows)),
         "url": [shard] * num_rows,
         "offset": [512 + 2048 * index for index in range(num_rows)],
         "nbytes": [1000 + index for index in range(num_rows)],
+        "width": [100] * num_rows,
+        "height": [75] * num_rows,
+        **rows,
     }
     made = Partition(
         path=partition.new_path(target.identity(shard, digest(shard))),
