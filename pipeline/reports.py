@@ -21,7 +21,7 @@ from pipeline.analysis.curate import CROWDED, THRESHOLD
 from pipeline.dataset.diff import diff
 from pipeline.dataset.read import Dataset
 from pipeline.dataset.table import Table
-from pipeline.errors import ConfigError, DatasetError, StorageError
+from pipeline.errors import ConfigError, DatasetError, GuardError, StorageError
 from pipeline.report import sample as samples
 from pipeline.report.overview import Finding, Record, Strip, overview
 from pipeline.report.sample import Sample
@@ -51,8 +51,13 @@ def url_of(output: str, run_id: str) -> str:
 
 def run_of(dataset: Dataset) -> str | None:
     """The run that committed a version; None where another program did, or the log no longer says."""
-    newest = dataset.table_.history(1)
-    return newest[0].get("run_id") if newest and newest[0]["version"] == dataset.version else None
+    # Of the newest version: deltalake numbers the commits wrongly when an older one is asked.
+    newest = Table.open(dataset.table_.store, dataset.url)
+    assert newest is not None, "it has the version that was opened"
+    for commit in newest.history(newest.version - dataset.version + 1):
+        if commit["version"] == dataset.version:
+            return commit.get("run_id")
+    return None
 
 
 def write(dataset: Dataset, run_id: str | None, to: str | None = None, node: str | None = None) -> str:
@@ -127,32 +132,27 @@ def _findings(dataset: Dataset, sample: Sample) -> list[Finding]:
     from pipeline.analysis.curate import duplicates, outliers
 
     columns = ["content_hash", *(["label"] if "label" in dataset.columns else [])]
-    everything = len(dataset) <= MAX_COMPARED
-    if everything:
-        positions_N, features_ND = np.arange(len(dataset)), dataset.to_numpy(sample.node)
+    is_small = len(dataset) <= MAX_COMPARED
+    if is_small:
+        among, positions_N, features_ND = "all rows", np.arange(len(dataset)), dataset.to_numpy(sample.node)
         table = dataset.table(columns)
-        among = "all rows"
     else:
-        positions_N, features_ND = sample.positions, sample.features
+        among, positions_N, features_ND = "the rows of the sample", sample.positions, sample.features
         table = pa.Table.from_pylist([{name: row[name] for name in columns} for row in sample.rows])
-        among = "the rows of the sample"
-    if len(positions_N) < 2 or not np.isfinite(features_ND).all():
+    if len(sample.rows) < 2:
         return []
     hashes_N = np.array(table.column("content_hash").to_pylist(), "S32")
-    labels = table.column("label").dictionary_encode().combine_chunks().indices if "label" in columns else pa.nulls(len(table))
-    targets_N = labels.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
+    _, first_H, code_N = np.unique(hashes_N, return_index=True, return_inverse=True)
+    targets_N = np.full(len(table), -1)
+    if "label" in columns:
+        targets_N = table.column("label").combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy().astype(np.int64)
     found = []
-    if everything:
-        copies = duplicates.find(features_ND, hashes_N, THRESHOLD)
-        first_N = copies.first
-        if len(copies.grouped):
+    with contextlib.suppress(GuardError):  # a value, or a length, that is not finite
+        if is_small and len((copies := duplicates.find(features_ND, hashes_N, THRESHOLD)).grouped):
             found.append(_duplicates(dataset, copies))
-    else:
-        _, first_U, code_N = np.unique(hashes_N, return_index=True, return_inverse=True)
-        first_N = first_U[code_N]
-    strange = outliers.find(features_ND, targets_N, first_N, OUTLIERS)
-    if len(strange.rows):
-        found.append(_outliers(dataset, strange, positions_N, among, "label" in columns))
+        strange = outliers.find(features_ND, targets_N, first_H[code_N], OUTLIERS)
+        if len(strange.rows):
+            found.append(_outliers(dataset, strange, positions_N, among, "label" in columns))
     return found
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 NUM_COLORS = 10
 """`--c0` to `--c9` of the style sheet; the last one is for the rest."""
 SCATTER_WIDTH, SCATTER_HEIGHT = 900, 600
+POINT_SIZES = 22, 110
+"""Area of a point where there are many, and where there are few."""
 _FRAME = re.compile(r'<svg [^>]*?width="(\d+)" height="(\d+)"[^>]*>')
 _TEXT = {"labelColor": "var(--muted)", "titleColor": "var(--muted)", "titleFontWeight": "normal", "labelFontSize": 12,
          "titleFontSize": 12, "gridColor": "var(--line)", "domainColor": "var(--line)", "tickColor": "var(--line)"}  # fmt: skip
@@ -50,7 +52,12 @@ def scatter(places_M2: NDArray[np.float64], groups_M: ArrayLike) -> Markup:
         rows,
         width=SCATTER_WIDTH,
         height=SCATTER_HEIGHT,
-        mark={"type": "circle", "size": 22, "opacity": 0.75, "strokeWidth": 0.5},
+        mark={
+            "type": "circle",
+            "size": float(np.clip(60_000 / max(1, len(rows)), *POINT_SIZES)),
+            "opacity": 0.75,
+            "strokeWidth": 0.5,
+        },
         encoding={
             "x": {"field": "x", "type": "quantitative", "axis": None, "scale": {"domain": [0, SCATTER_WIDTH]}},
             "y": {"field": "y", "type": "quantitative", "axis": None, "scale": {"domain": [SCATTER_HEIGHT, 0]}},
