@@ -247,6 +247,9 @@ def run(
             _refresh(settings, goal, summary, crew, wishes, observer)
         if settings.probe is not None and summary.version is not None:
             summary.probe = _probe(settings, settings.probe, goal, summary)
+        summary.seconds = time.monotonic() - start
+        _save(goal, summary)
+        _report(settings, summary)
     except (PipelineError, KeyboardInterrupt) as error:
         summary.error = str(error) if isinstance(error, PipelineError) else _stopped(summary)
         summary.seconds = time.monotonic() - start
@@ -256,9 +259,6 @@ def run(
         if summary.committed and isinstance(error, PipelineError):
             _report(settings, summary)
         raise
-    summary.seconds = time.monotonic() - start
-    _save(goal, summary)
-    _report(settings, summary)
     return summary
 
 

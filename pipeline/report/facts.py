@@ -45,14 +45,15 @@ def speed(run: Mapping[str, Any]) -> dict[str, Any] | None:
     """How fast the run was, and why not faster; None where it extracted nothing."""
     if not run.get("bound_by"):
         return None
-    gpus = sum(len(actor["gpus"]) for actor in run["actors"])
-    actors = f"{len(run['actors']):,} actor{'' if len(run['actors']) == 1 else 's'}" + (f" on {gpus:,} GPUs" if gpus else "")
+    actors = run.get("actors") or []
+    num_gpus = sum(len(actor.get("gpus") or []) for actor in actors)
+    by = f"{len(actors):,} actor{'' if len(actors) == 1 else 's'}" + (f" on {num_gpus:,} GPUs" if num_gpus else "")
     return {
         "rate": f"{run['images_per_second']:,.0f}",
         "bound_by": run["bound_by"],
         "advice": metrics.ADVICE[run["bound_by"]],
         "busy": [(stage, round(100 * share)) for stage, share in run["busy"].items()],
-        "facts": [("read", f"{size(run['bytes_per_second'])}/s"), ("by", actors)],
+        "facts": [("read", f"{size(run.get('bytes_per_second', 0))}/s"), ("by", by)],
     }
 
 

@@ -15,6 +15,7 @@ from datasets import write_dataset
 
 from pipeline import config, driver, reports
 from pipeline.config import Output
+from pipeline.errors import IncompleteRun
 
 
 def text(page: str | Path) -> str:
@@ -57,6 +58,19 @@ def test_a_run_makes_the_page_of_its_version(tmp_path: Path, caplog: pytest.LogC
     assert "drift of embedding" in html
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_a_run_that_is_incomplete_shows_what_failed(tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards", noise(12), 6)
+    (tmp_path / "shards" / "bad <i>.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(IncompleteRun) as caught:
+        driver.run(settings(f"{tmp_path}/shards/*.tar", tmp_path / "out", run__report=True, run__max_attempts=1))
+    summary = caught.value.summary  # type: ignore[attr-defined]
+    html = text(summary.report)
+    assert "<h2>Failed shards</h2>" in html and "bad &lt;i&gt;.tar" in html
+    assert "2 extracted, 1 failed" in html
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_the_probe_of_the_version(embedded: str, tmp_path: Path) -> None:
     probe = driver.train_probe(Output(url=embedded), None, config.Probe(node=["small", "large"]))
     finished = invoke("report", embedded, "--to", tmp_path / "page.html", "--node", "large", "--json")
