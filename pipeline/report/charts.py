@@ -83,7 +83,7 @@ def curves(lines: Sequence[Sequence[tuple[float, float]]], *, x: str, y: str) ->
         mark={"type": "line", "strokeWidth": 2},
         encoding={
             "x": {"field": "x", "type": "quantitative", "scale": {"type": "log"},
-                  "axis": {"title": x, "format": "~e", "grid": False, "tickCount": 8, "labelOverlap": True}},
+                  "axis": {"title": x, "format": "~e", "grid": False, "tickCount": 6, "labelOverlap": True}},
             "y": {"field": "y", "type": "quantitative", "scale": {"zero": False}, "axis": {"title": y, "tickCount": 5}},
             "color": _color("g"),
         },

@@ -18,7 +18,7 @@ MAX_TABLE = 20
 """Classes of a confusion matrix with numbers and names; of more, only the shades are drawn."""
 MAX_HEAT = 200
 """Classes up to which they are."""
-MAX_CLASSES = 30
+MAX_CLASSES = 15
 """Rows of the table of classes: the lowest accuracies where there are more."""
 MAX_CONFUSED = 8
 """Pairs of classes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from playwright.sync_api import Browser
 from quick import committed
 from sklearn.decomposition import PCA
 from test_gallery import NAMES, SHOWN
+from test_probe_section import CURVE, metrics
 
 from pipeline import reports
 from pipeline.dataset.read import Dataset
@@ -38,14 +40,19 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """Eight pictures, and two that cannot be decoded."""
+    """Eight pictures, two that cannot be decoded, and a probe of classes with the same names."""
     folder = tmp_path_factory.mktemp("hostile")
     images = [*crops(GOOD, size=(160, 100)), b"no picture", b"no picture either"]
     names, labels = [*NAMES, *BAD_KEYS], [*NAMES[::-1], "x", "y"]
     columns = {"image": images, "name": names, "class": labels, "caption": [f"of {name}" for name in names]}
     pq.write_table(pa.table(columns), folder / "a.parquet", compression="none")
     source = {"source__image": "image", "source__key": "name", "source__label": "class", "source__columns": ["caption"]}
-    return committed(settings(folder / "a.parquet", folder / "out", **source))
+    dataset = committed(settings(folder / "a.parquet", folder / "out", **source))
+    probe = folder / "out" / "_runs" / "20261124T120000Z-abcdef" / "probe"
+    probe.mkdir(parents=True)
+    few = metrics(GOOD, CURVE) | {"version": 0, "classes": NAMES, "warnings": ["<b>warned</b>"]}
+    (probe / "metrics.json").write_text(json.dumps(few))
+    return dataset
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +75,8 @@ def test_whatever_comes_from_data_is_shown_as_text(browser: Browser, page: Path)
         names = set(seen.page.evaluate("[...document.querySelectorAll('*')].flatMap(each => each.getAttributeNames())"))
         assert (seen.requests, seen.messages) == ([], [])
     assert not [name for name in names if name.startswith("on")]
-    for name in [*NAMES, *BAD_KEYS]:
-        expected = SHOWN.get(name, name).replace("\u202e", r"\u202e")
-        assert expected in text
+    for name in [*NAMES, *BAD_KEYS, "<b>warned</b>"]:
+        assert SHOWN.get(name, name).replace("\u202e", r"\u202e") in text
     assert not tags & {"script", "iframe", "object", "embed", "link", "a", "form", "image", "foreignObject", "b"}
     html = page.read_text()
     assert not re.search("[\u202a-\u202e\u2066-\u2069\x00\x1b]", html)
