@@ -71,8 +71,8 @@ def overview(dataset: Dataset, sample: Sample, record: Record, findings: Sequenc
         findings: sections from the analyses.
         decode: is called with images that may come from anyone.
     """
-    pictures = Pictures(dataset, decode)
     findings = [*([_neighbours(dataset, sample)] if len(sample.rows) > 1 else []), *findings]
+    pictures = Pictures(dataset, decode)
     for finding in findings:
         for strip in finding.strips:
             pictures.load([*([strip.row] if strip.row is not None else []), *strip.rows])

@@ -89,9 +89,9 @@ class Tile:
         )
 
 
-def short(text: str) -> str:
+def short(text: str, most: int = MAX_CHARACTERS) -> str:
     """Text from data, of bounded length."""
-    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}…"
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def render(template: str, **values: Any) -> str:

@@ -7,15 +7,18 @@ Memory: the small pictures, `IMAGES_AHEAD` encoded images, one that is decoded.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.dataset.read import Dataset
-from pipeline.report.page import Decode, Thumbnail, Tile
+from pipeline.report.page import Decode, Thumbnail, Tile, short
 
 MAX_SECONDS = 30.0
 MAX_BYTES = 6_000_000
+MAX_TEXT, MAX_COLUMNS = 100, 3
+"""Characters of a text below a picture, and columns that were carried along: spelled out, a character can become ten."""
 SMALL_SIDE = 144
 """Of pictures that are seen only one at a time."""
 
@@ -41,8 +44,15 @@ class Pictures:
             self._bytes_left -= len(made.uri)
 
     def tile(self, row: Mapping[str, Any]) -> Tile:
-        """A row with its picture."""
-        return Tile.of(row, self._made.get(_place(row)) or Thumbnail(why="no picture: the page has as many as it may"))
+        """A row with its picture, and with less text than in a gallery: there are hundreds of them."""
+        tile = Tile.of(row, self._made.get(_place(row)) or Thumbnail(why="no picture: the page has as many as it may"))
+        more = [*tile.more[:-1][:MAX_COLUMNS], tile.more[-1]]  # the last one is the shard
+        return dataclasses.replace(
+            tile,
+            key=short(tile.key, MAX_TEXT),
+            label=short(tile.label, MAX_TEXT) if tile.label is not None else None,
+            more=tuple((name, short(value, MAX_TEXT)) for name, value in more),
+        )
 
     def has(self, row: Mapping[str, Any]) -> bool:
         """Whether there is a picture of this row."""

@@ -147,6 +147,16 @@ def test_no_more_pictures_than_a_page_may_have(hostile: Dataset, tmp_path: Path,
     assert "data:image/" not in (tmp_path / "none.html").read_text().partition("<main>")[2]
 
 
+def test_long_texts_do_not_make_a_long_page(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).standard_normal((60, 4)).astype(np.float32)
+    texts = [f"{number}" + "\u202e" * 2000 for number in range(60)]
+    columns = {f"c{number}": texts for number in range(20)}
+    dataset = write_dataset(tmp_path / "out", rows, texts, keys=texts, columns=columns)
+    reports.write(dataset, None, str(tmp_path / "page.html"))
+    tiles = overview.QUERIES * (1 + overview.NEIGHBOURS) + reports.OUTLIERS
+    assert (tmp_path / "page.html").stat().st_size < tiles * 6 * 6 * 110 + 100_000
+
+
 @pytest.mark.parametrize("shape", [(300, 40), (40, 300)])
 def test_the_axes_are_the_principal_ones(shape: tuple[int, int]) -> None:
     random = np.random.default_rng(0)
