@@ -253,6 +253,8 @@ class Run(Section):
     else in hand."""
     decode_timeout_s: Annotated[float, Field(ge=1), _NUMBER] = 60.0
     """A picture that takes longer to decode is given up, and with it the actor that is stuck on it."""
+    report: bool = True
+    """Make the page of the run, `_runs/<run id>/report.html`."""
 
 
 class Probe(Section):

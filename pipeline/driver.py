@@ -1,4 +1,4 @@
-"""A run from top to bottom: plan, extract, merge, probe.
+"""A run from top to bottom: plan, extract, merge, probe, report.
 
 The driver never sees a pixel or an embedding, but for the probe's. It holds the plan, hands shards to the pool, and commits
 what came back in one atomic step. Everything that it needs to know it reads from the source and the dataset, so a run that
@@ -23,6 +23,7 @@ from pipeline import config, metrics, plan, runs, stopping
 from pipeline.analysis.probe import labels
 from pipeline.dataset import partition, table
 from pipeline.dataset.partition import Partition, Target
+from pipeline.dataset.read import open_dataset
 from pipeline.dataset.table import Table
 from pipeline.errors import (
     BudgetExceeded,
@@ -98,6 +99,8 @@ class Summary:
     num_lent: int = 0
     """Images that were computed by another actor than the one whose shard they are of."""
     probe: dict[str, Any] | None = None
+    report: str | None = None
+    """URL of the page, where this run made one."""
     error: str = ""
 
     def as_json(self) -> dict[str, Any]:
@@ -140,6 +143,7 @@ class Summary:
             "tail_s": round(self.tail_s, 3),
             "images_lent": self.num_lent,
             "probe": self.probe,
+            "report": self.report,
             "error": self.error or None,
         }
 
@@ -243,15 +247,18 @@ def run(
             _refresh(settings, goal, summary, crew, wishes, observer)
         if settings.probe is not None and summary.version is not None:
             summary.probe = _probe(settings, settings.probe, goal, summary)
+        summary.seconds = time.monotonic() - start
+        _save(goal, summary)
+        _report(settings, summary)
     except (PipelineError, KeyboardInterrupt) as error:
         summary.error = str(error) if isinstance(error, PipelineError) else _stopped(summary)
         summary.seconds = time.monotonic() - start
         error.summary = summary  # type: ignore[union-attr] # for `--json`, which reports a failed run too
         with contextlib.suppress(StorageError):  # the store may be what failed
             _save(goal, summary)
+        if summary.committed and isinstance(error, PipelineError):
+            _report(settings, summary)
         raise
-    summary.seconds = time.monotonic() - start
-    _save(goal, summary)
     return summary
 
 
@@ -479,7 +486,7 @@ def train_probe(output: config.Output, version: int | None, wanted: config.Probe
     asked = _asked(wanted, store)
     result = cluster.on_gpu(probe.train, url, version, output.storage, wanted)
     folder = join(RUNS_FOLDER, run_id or runs.new_id(), runs.PROBE_FOLDER)
-    store.write(join(url, folder, "metrics.json"), result.metrics_json())
+    store.write(join(url, folder, runs.METRICS_FILE), result.metrics_json())
     store.write(join(url, folder, runs.PROBE_FILE), result.head.dump())
     return {**result.summary(), "path": folder, **asked}
 
@@ -492,13 +499,31 @@ def _asked(wanted: config.Probe, store: Store) -> dict[str, Any]:
 def _save(goal: Goal, summary: Summary) -> None:
     """Leave what came of the run beside the data; its config lies there already."""
     content: Mapping[str, Any] = {
-        **summary.as_json(),
+        **{name: value for name, value in summary.as_json().items() if name != "report"},  # which is made from this
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "recipe": dict(goal.target.recipe.fields),
         "versions": _versions(),
     }
     run_url = join(goal.target.url, RUNS_FOLDER, summary.run_id, "run.json")
     goal.target.store.write(run_url, json.dumps(content, indent=1, ensure_ascii=False).encode())
+
+
+def _report(settings: config.Config, summary: Summary) -> None:
+    """Make the page, if the run changed what it shows or there is none. The run is done: whatever fails now is a warning."""
+    if not settings.run.report or summary.version is None:
+        return
+    try:
+        from pipeline import reports  # what draws is 90 MB, and only the page needs it
+
+        output = settings.output
+        dataset = open_dataset(output.url, summary.version, output.storage, settings.source.storage)
+        run_id = summary.run_id if summary.committed else reports.run_of(dataset) or summary.run_id
+        is_trained = summary.probe is not None and summary.run_id in summary.probe["path"]
+        is_there = dataset.table_.store.exists(reports.url_of(output.url, run_id))
+        if summary.committed or is_trained or not is_there:
+            summary.report = reports.write(dataset, run_id)
+    except Exception as error:
+        logger.warning("the report could not be made: %s: %s; `pipeline report` tries again", type(error).__name__, error)
 
 
 def _versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError
 from pipeline.storage import Store, join
 
 RUNS_FOLDER = "_runs"
-PROBE_FOLDER, PROBE_FILE = "probe", "probe.safetensors"
+PROBE_FOLDER, PROBE_FILE, METRICS_FILE = "probe", "probe.safetensors", "metrics.json"
 """In the folder of a run."""
 ID_FORMAT = "%Y%m%dT%H%M%SZ"
 """When a run began, the first part of its name."""
@@ -61,3 +61,15 @@ def newest_probe(store: Store, url: str) -> str:
     if not found:
         raise ConfigError(f"{url}: there is no saved probe; `pipeline probe` trains one")
     return max(found)
+
+
+def newest_metrics(store: Store, url: str, version: int) -> dict[str, Any] | None:
+    """`metrics.json` of the probe that was trained last on this version, if one of the last probes was."""
+    files = store.list(join(url, RUNS_FOLDER), missing_ok=True)
+    found = [file.url for file in files if file.url.endswith(f"/{PROBE_FOLDER}/{METRICS_FILE}")]
+    for each in sorted(found, reverse=True)[:20]:
+        with contextlib.suppress(ValueError):
+            metrics: dict[str, Any] = json.loads(store.read(each))
+            if metrics.get("version") == version:
+                return metrics
+    return None

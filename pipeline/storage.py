@@ -433,7 +433,10 @@ class _Upload(io.RawIOBase):
 
     def commit(self) -> None:
         if self._multipart is None:
-            _retry(lambda: self._fs.pipe_file(self._path, bytes(self._buffer)), self._url)
+            # Without its type a browser would save a page of a bucket in place of showing it.
+            is_page = _is_s3(self._fs) and self._path.endswith(".html")
+            kind = {"ContentType": "text/html; charset=utf-8"} if is_page else {}
+            _retry(lambda: self._fs.pipe_file(self._path, bytes(self._buffer), **kind), self._url)
         else:
             self._multipart.close()
             _retry(self._multipart.commit, self._url)

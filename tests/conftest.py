@@ -53,7 +53,7 @@ def settings(source: Path | str, output: Path | str, **changes: Any) -> config.C
         "source": {"url": str(source), "label": "cls"},
         "backbone": {"model": "python/models:tiny", "weights": "seed:0", "nodes": {"embedding": {"node": "flatten"}}},
         "output": {"url": str(output)},
-        "run": {"batch_size": 16},
+        "run": {"batch_size": 16, "report": False},  # a page takes seconds: for the tests that look at one
     }
     for path, value in changes.items():
         *parents, last = path.split("__")

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import typer
 
-from pipeline.cli import curate, dataset, embed, export, probe, run, search, setup, submit, verify
+from pipeline.cli import curate, dataset, embed, export, probe, report, run, search, setup, submit, verify
 from pipeline.cli.common import PlainFormatter
 from pipeline.cli.usage import Commands
 
@@ -24,6 +24,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     run.plan,
     submit.submit,
     dataset.status,
+    report.report,
     probe.probe,
     probe.predict,
     dataset.diff,

@@ -7,27 +7,17 @@ Memory: the page with its thumbnails (about 10 kB each, up to `MAX_TILES`), `IMA
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pipeline.config import RESERVED_COLUMNS
 from pipeline.dataset.read import Dataset
-from pipeline.errors import PipelineError
-from pipeline.report.page import Thumbnail, Tile, render
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from pipeline.report.page import Decode, Thumbnail, Tile, render, short
 
 MAX_ROWS = 100
 """Of one query that a page shows."""
 MAX_TILES = 1000
 """Of all queries together: what is too many for it is left out, whole queries at a time."""
-MAX_CHARACTERS = 300
-"""Of one text from data."""
-
-Decode = Callable[[bytes], "Image"]
-"""Encoded image to an RGB picture; a PipelineError says why there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +50,7 @@ def gallery(dataset: Dataset, sections: Sequence[Section], decode: Decode, facts
     rows = [row for section in shown for row in (*([section.row] if section.row is not None else []), *section.rows)]
     # Read in this order, and taken in this order below.
     images = zip(dataset.images_of(rows), rows, strict=True)
-    thumbnails = (_thumbnail(image, decode, f"{row['url']}: ") for image, row in images)
+    thumbnails = (Thumbnail.made(image, decode, f"{row['url']}: ") for image, row in images)
     return render(
         "gallery.html",
         title="Nearest neighbours",
@@ -91,48 +81,23 @@ def _fitting(sections: Sequence[Section]) -> list[Section]:
 
 def _query(section: Section, thumbnails: Iterator[Thumbnail], decode: Decode) -> Tile:
     if section.row is not None:
-        return _tile(section.row, next(thumbnails))
-    image = (
-        _thumbnail(section.image, decode) if section.image is not None else Thumbnail(why=f"a {section.kind} has no picture")
-    )
+        return Tile.of(section.row, next(thumbnails))
+    if section.image is not None:
+        image = Thumbnail.made(section.image, decode)
+    else:
+        image = Thumbnail(why=f"a {section.kind} has no picture")
     folder, _, name = section.name.rpartition("/")
-    return Tile(thumbnail=image, key=_short(name), more=(("in", _short(folder)),) if folder else ())
+    return Tile(thumbnail=image, key=short(name), more=(("in", short(folder)),) if folder else ())
 
 
 def _tiles(section: Section, thumbnails: Iterator[Thumbnail]) -> list[Tile]:
     wanted = section.row.get("label") if section.row is not None else None
     return [
         dataclasses.replace(
-            _tile(row, next(thumbnails)),
+            Tile.of(row, next(thumbnails)),
             score=f"{score:.4f}",
             rank=rank,
             is_same=wanted is not None and row.get("label") == wanted,
         )
         for rank, (score, row) in enumerate(zip(section.scores, section.rows, strict=True), 1)
     ]
-
-
-def _tile(row: Mapping[str, Any], thumbnail: Thumbnail) -> Tile:
-    """A row with its label, the columns that were carried along, and its shard."""
-    carried = [(name, str(value)) for name, value in row.items() if name not in RESERVED_COLUMNS and value is not None]
-    place = f"{row['shard'].rpartition('/')[2]}, {row['index']}"
-    return Tile(
-        thumbnail=thumbnail,
-        key=_short(row["key"]),
-        label=_short(str(row["label"])) if row.get("label") is not None else None,
-        more=tuple((name, _short(value)) for name, value in [*carried, ("shard", place)]),
-    )
-
-
-def _thumbnail(image: bytes | PipelineError, decode: Decode, where: str = "") -> Thumbnail:
-    """The picture made small, or why it cannot be shown, without `where` in front."""
-    try:
-        if isinstance(image, PipelineError):
-            raise image
-        return Thumbnail.of(decode(image))
-    except PipelineError as error:
-        return Thumbnail(why=_short(str(error).removeprefix(where)))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}…"

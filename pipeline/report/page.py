@@ -10,10 +10,12 @@ from __future__ import annotations
 import base64
 import functools
 import io
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import printable
+from pipeline.config import RESERVED_COLUMNS
+from pipeline.errors import PipelineError, printable
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
 THUMBNAIL_SIDE = 240
 """Longer side in pixels: sharp on dense screens at the size in which pages show it."""
 THUMBNAIL_QUALITY = 80
+MAX_CHARACTERS = 300
+"""Of one text from data."""
+
+Decode = Callable[[bytes], "Image"]
+"""Encoded image to an RGB picture; a PipelineError says why there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,13 +43,23 @@ class Thumbnail:
     why: str = ""
 
     @classmethod
-    def of(cls, image: Image) -> Thumbnail:
-        """A picture made small; `image` may be changed."""
-        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), reducing_gap=2.0)
+    def of(cls, image: Image, side: int = THUMBNAIL_SIDE) -> Thumbnail:
+        """A picture made small, its longer side to `side` pixels; `image` may be changed."""
+        image.thumbnail((side, side), reducing_gap=2.0)
         file = io.BytesIO()
         image.convert("RGB").save(file, "JPEG", quality=THUMBNAIL_QUALITY)
         uri = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
         return cls(uri=uri, width=image.width, height=image.height)
+
+    @classmethod
+    def made(cls, image: bytes | PipelineError, decode: Decode, where: str = "", side: int = THUMBNAIL_SIDE) -> Thumbnail:
+        """An encoded image made small, or why it cannot be shown, without `where` in front."""
+        try:
+            if isinstance(image, PipelineError):
+                raise image
+            return cls.of(decode(image), side)
+        except PipelineError as error:
+            return cls(why=short(str(error).removeprefix(where)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +75,23 @@ class Tile:
     rank: int | None = None
     more: tuple[tuple[str, str], ...] = ()
     """Names and values below."""
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], thumbnail: Thumbnail) -> Tile:
+        """A row with its label, the columns that were carried along, and its shard."""
+        carried = [(name, str(value)) for name, value in row.items() if name not in RESERVED_COLUMNS and value is not None]
+        place = f"{row['shard'].rpartition('/')[2]}, {row['index']}"
+        return cls(
+            thumbnail=thumbnail,
+            key=short(row["key"]),
+            label=short(str(row["label"])) if row.get("label") is not None else None,
+            more=tuple((name, short(value)) for name, value in [*carried, ("shard", place)]),
+        )
+
+
+def short(text: str, most: int = MAX_CHARACTERS) -> str:
+    """Text from data, of bounded length."""
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def render(template: str, **values: Any) -> str:

@@ -215,6 +215,8 @@ def show_run(summary: dict[str, Any]) -> None:
     if probe:
         rows.append(("probe", probe_line(probe)))
         rows += [("", f"warning: {warning}") for warning in probe["warnings"]]
+    if summary["report"]:
+        rows.append(("page", summary["report"].removeprefix("file://")))
     if summary["version"] is not None and not summary["error"]:
         rows.append(("next", f"pipeline status {output}"))
         rows.append(("", f"python -c \"import pipeline; print(pipeline.open_dataset('{output}').to_numpy())\""))

@@ -100,7 +100,7 @@ def ours(shard: Path, model: str, output: Path) -> dict[str, Any]:
             "nodes": {"embedding": {"node": "flatten"}},
         },
         "output": {"url": str(output)},
-        "run": {"batch_size": BATCH_SIZE},
+        "run": {"batch_size": BATCH_SIZE, "report": False},
     }
     config = output.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(settings))

@@ -52,6 +52,12 @@ def test_any_request_of_a_multipart_upload_is_tried_again(s3: S3Server, match: C
         assert proxy.count("PUT", "partNumber=3") == 1
 
 
+def test_a_page_in_a_bucket_is_shown_by_browsers(s3: S3Server) -> None:
+    bucket = Bucket(s3)
+    Store(Storage(**bucket.storage)).write(f"s3://{bucket.name}/page.html", b"<!doctype html>")
+    assert bucket.fs.info(f"{bucket.name}/page.html")["ContentType"] == "text/html; charset=utf-8"
+
+
 def test_a_writer_that_fails_leaves_no_upload(s3: S3Server) -> None:
     bucket = Bucket(s3)
     store = Store(Storage(**bucket.storage))

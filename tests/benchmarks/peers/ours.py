@@ -50,7 +50,7 @@ def main() -> None:
         weights="builtin" if own else "seed:0",
         nodes={"embedding": config.Node(node="flatten")},
     )
-    run = {"batch_size": arguments.batch_size or "auto"}
+    run = {"batch_size": arguments.batch_size or "auto", "report": False}
     if arguments.compile:
         common.compiled(model, arguments.decode, arguments.batch_size)
         run["optimize"] = "compile"
