@@ -477,7 +477,7 @@ def _line(name: str, location: Sequence[str], error: Any) -> str:
         return f"{name}: {field + ': ' if field else ''}{shown}{ctx.get('error', error['msg'])}"
     # What was meant as an option of a store may be a secret.
     shown = "the value" if "storage" in location[-2:] and location[-1] in {"storage", "options"} else _short(value)
-    return f"{name}: {field}: {shown} is wrong; {_allowed(location)}"
+    return f"{name}: {field}: {shown} is wrong; {allowed(location)}"
 
 
 def _short(value: object) -> str:
@@ -511,7 +511,7 @@ def _is_key(location: Sequence[str]) -> bool:
     return tuple(location[:2]) == ("backbone", "nodes") and len(location) == 3
 
 
-def _allowed(location: Sequence[str]) -> str:
+def allowed(location: Sequence[str]) -> str:
     """What a field accepts, from its JSON schema: `allowed: auto, or a whole number from 1`."""
     if tuple(location[:2]) == ("backbone", "nodes") and len(location) < 4:
         return "allowed: column names, each with a section such as {node: flatten}"
