@@ -35,6 +35,9 @@ def test_quickstart_embeds_the_digits_and_does_nothing_the_second_time(tmp_path:
     assert report["images"] == {"total": 1797, "embedded": 1797, "carried_over": 0, "quarantined": 0}
     assert report["probe"]["test_accuracy"] >= 0.94
     assert report["version"] == 0
+    page = Path(report["report"].removeprefix("file://"))
+    assert page == tmp_path / "out" / "_runs" / report["run_id"] / "report.html"
+    assert "<h2>Probe</h2>" in page.read_text() and page.stat().st_size < 10_000_000
 
     second = cli("run", "configs/quickstart.yaml", *where, "--json")
     again = last_line(second)
@@ -42,6 +45,7 @@ def test_quickstart_embeds_the_digits_and_does_nothing_the_second_time(tmp_path:
     assert again["images"]["embedded"] == 0
     assert (again["version"], again["committed"]) == (0, False)
     assert again["probe"] == report["probe"]
+    assert again["report"] is None, "the page of this version is there"
     assert again["shards"] == {"total": 10, "extracted": 0, "adopted": 0, "unchanged": 10, "removed": 0, "failed": 0}
 
     spoken = cli("status", tmp_path / "out")
