@@ -92,11 +92,10 @@ def test_ray_data(dataset: Dataset, run: Any, local_ray: None) -> None:
     names, printed = run("ray_data.py")
     normed = names["normed"].take_all()
     assert {row["key"]: row["norm"] for row in normed} == pytest.approx(norms(dataset), rel=1e-6)
-    assert (
-        printed.splitlines()[0]
-        == f"90 rows, norms from {min(norms(dataset).values()):.4f} to {max(norms(dataset).values()):.4f}"
-    )
-    assert [line.split()[0] for line in printed.splitlines()[1:]] == [row["key"] for row in normed[:3]]
+    # Where the machine is busy Ray may have something to say as well.
+    first, *others = [line for line in printed.splitlines() if "(raylet)" not in line]
+    assert first == f"90 rows, norms from {min(norms(dataset).values()):.4f} to {max(norms(dataset).values()):.4f}"
+    assert [line.split()[0] for line in others] == [row["key"] for row in normed[:3]]
 
 
 def test_dataloader(dataset: Dataset) -> None:

@@ -125,6 +125,8 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("predict s3:/bucket/out", f"s3:/bucket/out: {NO_DATASET}", "did you mean s3://bucket/out?"),
     ("search ~/foreign --key 1", "~/foreign: a Delta table that this program did not write", "name another folder"),
     ("diff ~/out 0 1", "~/out: there is no version 1", "the newest is 0"),
+    ("report ~/out --version 9", "~/out: there is no version 9", "the newest is 0"),
+    ("report ~/out --node large", "~/out: there is no embedding column 'large'", "it has "),
     ("embed ~/out ~/broken.jpg --version 3", "~/out: there is no version 3", "the newest is 0"),
     # what is looked for in it
     ("probe ~/out --labels ~/labels.csv", "labels.csv has no column 'key'", "it has name, label"),

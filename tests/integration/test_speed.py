@@ -40,7 +40,7 @@ def enlarged(photographs: list[bytes], side: int) -> list[bytes]:
 
 
 def test_a_slow_decoder(tmp_path: Path, photographs: list[bytes]) -> None:
-    write_shards(tmp_path / "source", enlarged(photographs[:24], 2000), 6)
+    write_shards(tmp_path / "source", enlarged(photographs, 2000), 30)
     summary = pipeline.run(settings(tmp_path / "source" / "*.tar", tmp_path / "output")).as_json()
     assert summary["bound_by"] == "decode"
     assert summary["busy"]["decode"] > summary["busy"]["forward"]
