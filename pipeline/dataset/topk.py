@@ -34,7 +34,7 @@ PRODUCTS_BYTES = 4 << 20
 """A block is multiplied with so many queries at a time as this holds products of."""
 CANDIDATES_BYTES = 4 << 20
 """So many candidates are looked at at a time, in float64."""
-CACHED_BYTES = 512 << 10
+CACHED_BYTES = 4 << 20
 """Of rows that are read twice while they are in a core's cache, for products and norms."""
 FEW_QUERIES = 12
 """Up to so many are multiplied one by one, each thread its rows. For 205 MB and one query that takes 8 ms of a core and the
