@@ -32,7 +32,6 @@ import datetime
 import http.server
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -42,18 +41,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
+
+from memory import RESULTS, ROOT, circumstances
 
 if TYPE_CHECKING:
     from pipeline.dataset.partition import Partition, Target
     from pipeline.source import Shard, Source
     from pipeline.storage import FileStat, Store
 
-ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).parent / "results"
 LISTINGS = ("generated", "local", "s3")
 DIFFERENCES = ("first", "unchanged", "refresh", "recipe", "adopt", "checkpoint")
 EVERY = 100
@@ -84,7 +82,14 @@ def main() -> None:
         for line in compare(listing, arguments.shards, arguments.repeats):
             lines.append(line)
             print(shown(line), file=out, flush=True)
-    report = {"benchmark": "planning", "goal": GOAL, **circumstances(arguments.shards, arguments.repeats), "results": lines}
+    packages = ("deltalake", "pyarrow", "fsspec", "s3fs")
+    report = {
+        "benchmark": "planning",
+        "goal": GOAL,
+        **circumstances(arguments.repeats, "the process that makes table and files", packages),
+        "num_shards": arguments.shards,
+        "results": lines,
+    }
     path = RESULTS / f"planning-{datetime.date.today()}-{report['hardware']['cpus']}cpu{suffix(arguments.shards)}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
@@ -138,31 +143,6 @@ def shown(line: dict[str, Any]) -> str:
     )
     memory = f"{line['plan_peak_bytes'] / 1e6:8.0f} {line['peak_bytes'] / 1e6:8.0f} {line['plan_bytes_per_shard']:8.0f}"
     return f"{line['listing']:<10} {line['difference']:<10} {seconds} {memory} {line['log_bytes_per_shard']:11.0f}"
-
-
-def circumstances(num_shards: int, repeats: int) -> dict[str, Any]:
-    """What a reader needs to judge the figures."""
-    models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return {
-        "command": f"python {' '.join(sys.argv)}",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or None,
-        "hardware": {
-            "cpus": len(os.sched_getaffinity(0)),
-            "model": models[0] if models else platform.machine(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "load_average": list(os.getloadavg()),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("deltalake", "pyarrow", "fsspec", "s3fs", "numpy")},
-        },
-        "num_shards": num_shards,
-        "warm_up": "the process that makes table and files",
-        "repeats": repeats,
-        "statistic": "median",
-    }
 
 
 # In the child

@@ -17,22 +17,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).parent / "results"
+from memory import RESULTS, ROOT, circumstances, save
+
 WAYS = ("quick", "latency", "deep", "hash")
 LATENCY_S = 0.02
 
@@ -67,11 +64,15 @@ def main() -> None:
         per_partition, rate = line["seconds"] / arguments.partitions * 1e3, line["num_bytes"] / line["seconds"] / 1e6
         seconds_shown = f"{line['seconds']:8.2f} {line['cpu_seconds']:6.2f}"
         print(f"{way:<8} {seconds_shown} {per_partition:13.2f} {rate:8.0f} {line['peak_bytes'] / 1e6:8.0f}", file=out)
-    report = {"benchmark": "verify", **circumstances(arguments), "results": lines}
-    path = RESULTS / f"verify-{datetime.date.today()}-{report['hardware']['cpus']}cpu.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written to {path}", file=out)
+    report = {
+        "benchmark": "verify",
+        **circumstances(arguments.repeats, "the process that makes the files", ("deltalake", "pyarrow")),
+        "num_partitions": arguments.partitions,
+        "num_rows_each": arguments.rows,
+        "width": arguments.width,
+        "results": lines,
+    }
+    save(report, RESULTS, out)
     if arguments.json:
         print(json.dumps(report))
 
@@ -170,33 +171,6 @@ def measure(way: str, folder: str) -> dict[str, Any]:
 
 def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def circumstances(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a reader needs to judge the figures."""
-    models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return {
-        "command": f"python {' '.join(sys.argv)}",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or None,
-        "hardware": {
-            "cpus": len(os.sched_getaffinity(0)),
-            "model": models[0] if models else platform.machine(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "load_average": list(os.getloadavg()),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("deltalake", "pyarrow", "numpy")},
-        },
-        "num_partitions": arguments.partitions,
-        "num_rows_each": arguments.rows,
-        "width": arguments.width,
-        "warm_up": "the process that makes the files",
-        "repeats": arguments.repeats,
-        "statistic": "median",
-    }
 
 
 if __name__ == "__main__":

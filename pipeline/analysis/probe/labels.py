@@ -52,8 +52,7 @@ def encode(labels: Sequence[Label | None] | NDArray[Any], column: str) -> tuple[
     Raises:
         ConfigError: a label is neither a text nor a number, or there are less than two classes.
     """
-    plain = labels.tolist() if isinstance(labels, np.ndarray) else labels
-    plain = [label.item() if isinstance(label, np.generic) else label for label in plain]
+    plain = labels.tolist() if isinstance(labels, np.ndarray) else [_plain(label) for label in labels]
     plain = [None if label != label else label for label in plain]  # NaN: how NumPy and pandas write a missing label
     for kind in {type(label) for label in plain} - {type(None)}:
         if not issubclass(kind, (str, int, float)):
@@ -264,6 +263,10 @@ class _Join:
             f"{self._num_ambiguous} rows have the key of another picture in another shard: the file knows keys only, and all of"
             " them got its label."
         ]
+
+
+def _plain(label: Any) -> Any:
+    return label.item() if isinstance(label, np.generic) else label
 
 
 def _is_plain(kind: pa.DataType) -> bool:
