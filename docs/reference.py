@@ -26,9 +26,10 @@ API = (
     ("pipeline.dataset.read", "open_dataset", "open_dataset"),
     ("pipeline.dataset.read", "Dataset", "Dataset"),
     ("pipeline.dataset.read", "Neighbours", "Neighbours"),
+    ("pipeline.reports", "plot_map", "plot_map"),
 )
 """Module, name there, and name on the page."""
-INNER = {"table_", "url", "entries", "read", "rows", "stat", "source", "node", "image_of", "images_of"}
+INNER = {"table_", "url", "entries", "read", "rows", "stat", "source", "node", "iter_values", "image_of", "images_of"}
 """Members of `Dataset` that the package itself needs; nobody else should have to."""
 
 

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from pipeline.config import load as load_config
     from pipeline.dataset.read import open_dataset
     from pipeline.driver import run
+    from pipeline.reports import plot_map
 
-__all__ = ["load_config", "open_dataset", "run"]
+__all__ = ["load_config", "open_dataset", "plot_map", "run"]
 
 _HOMES = {
     "run": ("pipeline.driver", "run"),
     "open_dataset": ("pipeline.dataset.read", "open_dataset"),
+    "plot_map": ("pipeline.reports", "plot_map"),
     "load_config": ("pipeline.config", "load"),
 }
 

@@ -12,16 +12,27 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
+from pipeline import plugins
 from pipeline.errors import ConfigError, nearby, nearest
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 Normalize = Literal["none", "l2"]
 Standardize = Literal["none", "l2", "zscore"]
 Pool = Literal["none", "mean", "cls"]
-FormatName = Literal["webdataset", "parquet", "files"]
+FORMATS, PROVIDERS = ("webdataset", "parquet", "files"), ("torchvision", "timm", "python")
+"""Our own; other packages may add more, see `plugins.py`."""
 ColumnType = Literal["string", "int64", "float64", "bool"]
 
 RESERVED_COLUMNS = frozenset({"key", "label", "shard", "index", "url", "offset", "nbytes", "content_hash", "width", "height"})
@@ -79,8 +90,9 @@ class Source(Section):
 
     url: str | list[str]
     """A file, folder or glob at any fsspec URL, or a list of them."""
-    format: FormatName | Literal["auto"] = "auto"
-    """Guessed from the URLs' endings when `auto`: .tar is webdataset, .parquet is parquet, anything else files."""
+    format: Annotated[str, WithJsonSchema({"anyOf": [{"enum": ["auto", *FORMATS]}, {"type": "string"}]})] = "auto"
+    """Guessed from the URLs' endings when `auto`: .tar is webdataset, .parquet is parquet, anything else files. An installed
+    package may add others."""
     label: str | None = None
     """A tar sibling's extension (`cls`, `json.category`), a Parquet column, or `folder`. No label when left out."""
     label_type: ColumnType | None = None
@@ -113,6 +125,14 @@ class Source(Section):
         for u in urls:
             _refuse_credentials(u)
         return url
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, name: str) -> str:
+        allowed = ["auto", *FORMATS, *plugins.names(plugins.SOURCES)]
+        if name not in allowed:
+            raise ValueError(f"allowed: {', '.join(allowed)}")
+        return name
 
     @field_validator("columns")
     @classmethod
@@ -164,7 +184,8 @@ class Backbone(Section):
     """The frozen model."""
 
     model: str
-    """`torchvision/NAME`, `timm/NAME` or `python/module:function` (which runs that function: only your own code)."""
+    """`torchvision/NAME`, `timm/NAME` or `python/module:function` (which runs that function: only your own code); or
+    `PROVIDER/NAME` of a provider that an installed package adds."""
     weights: str
     """A member of the model's torchvision weights enum, the URL of a .safetensors or .pth file, `package:MODULE/FILE` for
     a file inside an installed package, `pretrained` for timm's own, `builtin` for what the function returns, or `seed:N`
@@ -180,8 +201,10 @@ class Backbone(Section):
     @classmethod
     def _provider(cls, model: str) -> str:
         provider, _, name = model.partition("/")
-        if provider not in {"torchvision", "timm", "python"} or not name:
-            raise ValueError("allowed are torchvision/NAME, timm/NAME, python/module:function")
+        added = plugins.names(plugins.BACKBONES)
+        if provider not in {*PROVIDERS, *added} or not name:
+            more = "".join(f", {each}/NAME" for each in added)
+            raise ValueError(f"allowed are torchvision/NAME, timm/NAME, python/module:function{more}")
         if provider == "python" and not re.fullmatch(r"[\w.]+:\w+", name):
             raise ValueError("python models are given as python/module:function")
         return model

@@ -92,6 +92,7 @@ class Summary:
     num_rows: int = 0
     """Of the version that stands after the run."""
     stages: collections.Counter[str] = field(default_factory=collections.Counter)
+    pace: metrics.Pace = field(default_factory=metrics.Pace)
     actors: list[dict[str, Any]] = field(default_factory=list)
     num_actors_lost: int = 0
     tail_s: float = 0.0
@@ -138,6 +139,7 @@ class Summary:
             "reasons": self.reasons,
             "failed": self.failed,
             "stage_seconds": {name: round(seconds, 3) for name, seconds in sorted(self.stages.items())},
+            "pace": self.pace.as_json(),
             "actors": self.actors,
             "actors_lost": self.num_actors_lost,
             "tail_s": round(self.tail_s, 3),
@@ -339,6 +341,8 @@ def _extract(goal: Goal, todo: Plan, summary: Summary, crew: _Crew, observer: Ob
         # Large shards first: the last ones to finish are then small.
         for result in pool.extract(sorted(todo.extract, key=lambda task: -task.shard.num_bytes), goal.target, known):
             summary.stages.update(result.stages)
+            embedded = result.partition.num_embedded if result.partition is not None else 0
+            summary.pace.add(summary.extract_seconds + time.monotonic() - start, embedded, result.stages)
             if result.partition is not None:
                 finished.append(result.partition)
                 summary.num_bytes += result.task.shard.num_bytes

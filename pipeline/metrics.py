@@ -6,7 +6,8 @@ import collections
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 STAGES = ("fetch", "decode", "forward", "write")
 """What threads do, and `device`, what a GPU computes beside them. The threads' waiting is counted too:
@@ -16,6 +17,10 @@ device or writer are behind · `no_rows` writers without rows. `elapsed` is the 
 """
 BUSY = 0.5
 """A stage that is busy for more than this share of its threads' time is not waiting for the others."""
+
+MAX_STRETCHES, MIN_STRETCHES = 120, 4
+SHARDS_A_STRETCH = 4
+_IMAGES, _SHARDS = "images", "shards"
 
 ADVICE = {
     "fetch": "reading the source is too slow: run closer to the storage, or pack small files into larger shards",
@@ -53,6 +58,57 @@ class Stages:
         with self._lock:
             seconds, self._seconds = self._seconds, collections.defaultdict(float)
             return dict(seconds)
+
+
+class Pace:
+    """How a run came along: what was finished, over time. Memory: `MAX_STRETCHES` stretches of equal length, which become twice
+    as long when there are more.
+    """
+
+    def __init__(self) -> None:
+        self._length_s = 1.0
+        self._stretches: list[collections.Counter[str]] = []
+
+    def add(self, at_s: float, num_images: int, seconds: Mapping[str, float]) -> None:
+        """One shard more.
+
+        Args:
+            at_s: when, in seconds since the beginning.
+            num_images: embedded.
+            seconds: by stage, of the actor since the shard before.
+        """
+        while at_s >= MAX_STRETCHES * self._length_s:
+            pairs = range(0, len(self._stretches), 2)
+            self._stretches = [_sum(self._stretches[first : first + 2]) for first in pairs]
+            self._length_s *= 2
+        stretch = int(at_s / self._length_s)
+        self._stretches += [collections.Counter() for _ in range(stretch + 1 - len(self._stretches))]
+        self._stretches[stretch].update({_IMAGES: num_images, _SHARDS: 1, **seconds})
+
+    def as_json(self) -> dict[str, Any] | None:
+        """Length of a stretch in seconds, and of each the images a second and how busy the stages were.
+
+        Shards are finished in one moment and made in many: stretches are so long that `SHARDS_A_STRETCH` end in one on average.
+        None of a run too short to tell, and of the last stretch nothing, which is not whole.
+        """
+        shards = _sum(self._stretches)[_SHARDS]
+        many = max(1, -(-len(self._stretches) * SHARDS_A_STRETCH // max(1, shards)))
+        whole = [_sum(self._stretches[first : first + many]) for first in range(0, len(self._stretches) - many, many)]
+        if len(whole) < MIN_STRETCHES:
+            return None
+        shares = [busy(each) for each in whole]
+        return {
+            "stretch_s": many * self._length_s,
+            "images_per_second": [round(each[_IMAGES] / (many * self._length_s), 1) for each in whole],
+            "busy": {stage: [round(share[stage], 2) for share in shares] for stage in STAGES},
+        }
+
+
+def _sum(stretches: Iterable[collections.Counter[str]]) -> collections.Counter[str]:
+    total: collections.Counter[str] = collections.Counter()
+    for each in stretches:
+        total.update(each)
+    return total
 
 
 def busy(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -1,8 +1,9 @@
 """The report of a version, made from all that is there of it: the dataset, the record of the run that committed it, the newest
 probe that was trained on it, and the analyses that are quick enough. It lies beside the run, in `_runs/<run id>/report.html`.
+And the page of two versions side by side.
 
-This joins them; what the page looks like is `report/overview.py`'s. Memory: some 100 MB for the charts, the embeddings of a
-dataset of at most `MAX_COMPARED` rows, and a few row groups at a time of any other.
+This joins them; what the pages look like is `report/overview.py`'s and `report/comparison.py`'s. Memory: some 100 MB for the
+charts, the embeddings of a dataset of at most `MAX_COMPARED` rows, and a few row groups at a time of any other.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from pipeline.dataset.read import Dataset
 from pipeline.dataset.table import Table
 from pipeline.errors import ConfigError, DatasetError, GuardError, StorageError
 from pipeline.report import sample as samples
-from pipeline.report.overview import Finding, Record, Strip, overview
+from pipeline.report.comparison import Side, comparison
+from pipeline.report.overview import Finding, Record, Strip, map_page, overview
+from pipeline.report.page import Page
+from pipeline.report.plane import Method
 from pipeline.report.sample import Sample
 from pipeline.storage import join
 
@@ -60,7 +64,7 @@ def run_of(dataset: Dataset) -> str | None:
     return None
 
 
-def write(dataset: Dataset, run_id: str | None, to: str | None = None, node: str | None = None) -> str:
+def write(dataset: Dataset, run_id: str | None, to: str | None = None, node: str | None = None, method: Method = "pca") -> str:
     """Make the page and publish it.
 
     Args:
@@ -68,12 +72,13 @@ def write(dataset: Dataset, run_id: str | None, to: str | None = None, node: str
         run_id: the run that made it, if one did.
         to: any URL; beside the run when left out.
         node: embedding column to look at; the first one when left out.
+        method: of the map.
 
     Returns:
         The URL of the page.
 
     Raises:
-        ConfigError: there is no run to put it beside.
+        ConfigError: there is no run to put it beside, or the method is not installed.
         DatasetError: no such column, or the version was vacuumed.
         StorageError: the dataset cannot be read, or the page not written.
     """
@@ -83,12 +88,66 @@ def write(dataset: Dataset, run_id: str | None, to: str | None = None, node: str
     store = dataset.table_.store
     place = to or url_of(dataset.url, run_id or "")
     sample = samples.draw(dataset, dataset.node(node))
-    page = overview(dataset, sample, _record(dataset, run_id), _findings(dataset, sample), _decode)
+    page = overview(dataset, sample, _record(dataset, run_id), _findings(dataset, sample), decode, method)
     store.write(place, page.encode("utf-8", "backslashreplace"))
     return place
 
 
-def _decode(image: bytes) -> Image:
+def write_comparison(before: Dataset, after: Dataset, to: str, node: str | None = None) -> str:
+    """Make the page of two versions side by side and publish it.
+
+    Args:
+        before: the version that the other one is compared with.
+        after: the other one.
+        to: any URL.
+        node: embedding column to look at; the first one of each when left out.
+
+    Returns:
+        The URL of the page.
+
+    Raises:
+        DatasetError: no such column, or a version was vacuumed.
+        StorageError: the dataset cannot be read, or the page not written.
+    """
+    num_bytes = sum(4 * sum(each.nodes.values()) * len(each) for each in (before, after))
+    found = diff(before, after, drift=num_bytes <= MAX_DRIFT_BYTES).as_json()
+    first, second = (
+        Side(dataset=each, sample=samples.draw(each, each.node(node)), record=_record(each, run_of(each), whole=False))
+        for each in (before, after)
+    )
+    after.table_.store.write(to, comparison(first, second, found, decode).encode("utf-8", "backslashreplace"))
+    return to
+
+
+def plot_map(dataset: Dataset, node: str | None = None, *, method: Method = "pca", pictures: bool = True) -> Page:
+    """The map of a dataset for a notebook: a sample of its embeddings in a plane, coloured by label or by shard.
+
+    Args:
+        dataset: an opened version.
+        node: embedding column; the first one when left out.
+        method: `pca` for the two principal axes, or `umap`, which needs the extra of that name.
+        pictures: read some of the images, which are shown on pointing at their points.
+
+    Returns:
+        What a notebook shows, and `save` writes to a file.
+
+    Raises:
+        ConfigError: the method is not installed.
+        DatasetError: no such column, fewer than two rows, or the version was vacuumed.
+        StorageError: the dataset cannot be read.
+    """
+    sample = samples.draw(dataset, dataset.node(node))
+    if len(sample.rows) < 2:
+        raise DatasetError(f"{dataset.url}: a map needs two rows at least")
+    return Page(map_page(dataset, sample, decode if pictures else None, method))
+
+
+def decode(image: bytes) -> Image:
+    """An encoded image for a page, as RGB.
+
+    Raises:
+        SampleError: there is no picture in it.
+    """
     from pipeline.extract import pil
 
     max_pixels: int = config.Source.model_fields["max_pixels"].default
@@ -96,8 +155,8 @@ def _decode(image: bytes) -> Image:
     return pil.picture(image, max_pixels)
 
 
-def _record(dataset: Dataset, run_id: str | None) -> Record:
-    """What lies in the folders of the runs, as far as it is there."""
+def _record(dataset: Dataset, run_id: str | None, *, whole: bool = True) -> Record:
+    """What lies in the folders of the runs, as far as it is there; `whole` with what differs from the version before."""
     store = dataset.table_.store
     run: dict[str, Any] = {}
     source: list[str] = []
@@ -108,7 +167,8 @@ def _record(dataset: Dataset, run_id: str | None) -> Record:
         with contextlib.suppress(StorageError, ValueError, yaml.YAMLError, KeyError):
             url = yaml.safe_load(store.read(join(folder, "config.yaml")))["source"]["url"]
             source = [url] if isinstance(url, str) else list(url)
-    return Record(run=run, source=source, diff=_diff(dataset), probe=runs.newest_metrics(store, dataset.url, dataset.version))
+    probe = runs.newest_metrics(store, dataset.url, dataset.version)
+    return Record(run=run, source=source, diff=_diff(dataset) if whole else None, probe=probe)
 
 
 def _diff(dataset: Dataset) -> dict[str, Any] | None:

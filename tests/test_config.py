@@ -96,7 +96,7 @@ MISTAKES = [
     ("source/url", 5, "source.url: 5 is wrong; allowed: text, or a list of text"),
     ("source/url", ["a", 5], "source.url: 5 is wrong; allowed: text, or a list of text"),
     ("source/url", None, "source.url: nothing is wrong; allowed: text, or a list of text"),
-    ("source/format", "tar", "source.format: 'tar' is wrong; allowed: webdataset, parquet, files, or auto"),
+    ("source/format", "tar", "source.format: 'tar': allowed: auto, webdataset, parquet, files"),
     ("source/label", False, "source.label: false is wrong; allowed: text, or nothing"),
     ("source/label_type", "int", "source.label_type: 'int' is wrong; allowed: string, int64, float64, bool, or nothing"),
     ("source/columns", "txt", "source.columns: 'txt' is wrong; allowed: a list of text, or nothing"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.metrics import ADVICE, bound_by, busy
+from pipeline.metrics import ADVICE, MAX_STRETCHES, Pace, bound_by, busy
 
 WORKERS = {
     "fetch": {"no_sample": 90, "decode": 5, "forward": 5, "fetch": 95, "no_shard": 5, "write": 1, "no_rows": 99},
@@ -36,3 +36,31 @@ def test_a_gpu_that_is_behind_shows_as_workers_without_a_free_batch() -> None:
 
 def test_shares_of_nothing_are_zero() -> None:
     assert set(busy({}).values()) == {0.0}
+
+
+@pytest.mark.parametrize(("num_shards", "every_s"), [(400, 0.1), (400, 7.0), (20_000, 3.0), (40, 60.0)])
+def test_the_pace_of_a_run_of_any_length(num_shards: int, every_s: float) -> None:
+    """Half way through it becomes half as fast, and waits for the source."""
+    pace = Pace()
+    for number in range(num_shards):
+        slow = number > num_shards / 2
+        stages = {"fetch": 0.9, "no_shard": 0.1, "no_sample": 9.0, "decode": 1.0} if slow else {"decode": 6.0, "forward": 4.0}
+        pace.add(number * every_s, 50 if slow else 100, stages)
+    found = pace.as_json()
+    assert found is not None
+    rates = found["images_per_second"]
+    assert 4 <= len(rates) <= MAX_STRETCHES
+    total = sum(rates) * found["stretch_s"]
+    assert total == pytest.approx(75 * num_shards, rel=0.3), "but for the last stretch"
+    assert rates[0] == pytest.approx(100 / every_s, rel=0.35)
+    assert rates[-1] == pytest.approx(50 / every_s, rel=0.35)
+    assert [found["busy"]["decode"][0], found["busy"]["decode"][-1]] == [0.6, 0.1]
+    assert [found["busy"]["fetch"][0], found["busy"]["fetch"][-1]] == [0.0, 0.9]
+
+
+def test_a_short_run_has_no_pace() -> None:
+    pace = Pace()
+    assert pace.as_json() is None
+    for number in range(7):
+        pace.add(0.1 * number, 10, {"decode": 1.0})
+    assert pace.as_json() is None

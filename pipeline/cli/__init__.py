@@ -15,11 +15,12 @@ from collections.abc import Callable
 
 import typer
 
-from pipeline.cli import curate, dataset, embed, export, probe, report, run, search, setup, submit, verify
+from pipeline.cli import browse, curate, dataset, embed, export, init, probe, report, run, search, setup, submit, verify
 from pipeline.cli.common import PlainFormatter
 from pipeline.cli.usage import Commands
 
 COMMANDS: tuple[Callable[..., None], ...] = (
+    init.init,
     run.run,
     run.plan,
     submit.submit,
@@ -31,6 +32,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     verify.verify,
     export.export,
     search.search,
+    browse.browse,
     curate.curate,
     dataset.vacuum,
     embed.embed,

@@ -8,6 +8,7 @@ partition, and each just once. Memory: one pair of partitions, and 32 bytes for 
 from __future__ import annotations
 
 import dataclasses
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,9 @@ from pipeline.dataset.partition import list_values
 from pipeline.dataset.read import Dataset
 from pipeline.dataset.table import Entry
 from pipeline.recipe import differences
+
+EXAMPLES = 8
+"""Rows that are named, of each kind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +43,8 @@ class Drift:
     cosine_mean: float | None
     cosine_median: float | None
     cosine_min: float | None
+    farthest: list[dict[str, Any]]
+    """`shard`, `key` and `cosine` of the first `EXAMPLES` of these, the least cosine first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +73,8 @@ class Diff:
     nodes_removed: list[str]
     drift: dict[str, Drift]
     """Of each embedding column that both versions have in equal width; empty when it was not asked for."""
+    examples: dict[str, list[dict[str, str]]]
+    """`shard` and `key` of the first `EXAMPLES` rows `added` and `removed`."""
 
     @property
     def num_unchanged(self) -> int:
@@ -89,6 +97,7 @@ class Diff:
             "layout": self.layout,
             "nodes": {"added": self.nodes_added, "removed": self.nodes_removed},
             "drift": {name: dataclasses.asdict(drift) for name, drift in self.drift.items()},
+            "examples": self.examples,
         }
 
 
@@ -125,11 +134,12 @@ def diff(before: Dataset, after: Dataset, *, drift: bool = True) -> Diff:
         columns = ["key", "content_hash", *carried, *nodes]
         old, new = _read(before, old_entry, columns), _read(after, new_entry, columns)
         remade = old_entry is not None and new_entry is not None and old_entry.recipe_id != new_entry.recipe_id
-        compared_2M = rows.compare(old, new, carried, remade)
+        compared_2M = rows.compare(shard, old, new, carried, remade)
+        keys = new.column("key").take(pa.array(compared_2M[1])).to_pylist()
         for name, move in moves.items():
             old_ND, new_ND = move.values(old.column(name)), move.values(new.column(name))
             move.add(old_ND, new_ND)
-            move.compare(old_ND[compared_2M[0]], new_ND[compared_2M[1]])
+            move.compare(old_ND[compared_2M[0]], new_ND[compared_2M[1]], shard, keys)
     return Diff(
         before=before.version,
         after=after.version,
@@ -148,6 +158,7 @@ def diff(before: Dataset, after: Dataset, *, drift: bool = True) -> Diff:
         nodes_added=[name for name in after.nodes if name not in before.nodes],
         nodes_removed=[name for name in before.nodes if name not in after.nodes],
         drift={name: move.result() for name, move in moves.items()},
+        examples=rows.examples,
     )
 
 
@@ -159,11 +170,13 @@ class _Rows:
         """Content hashes."""
         self.removed: list[NDArray[np.bytes_]] = []
         self.num_changed = self.num_relabelled = 0
+        self.examples: dict[str, list[dict[str, str]]] = {"added": [], "removed": []}
 
-    def compare(self, old: pa.Table, new: pa.Table, carried: Sequence[str], remade: bool) -> NDArray[np.int64]:
+    def compare(self, shard: str, old: pa.Table, new: pa.Table, carried: Sequence[str], remade: bool) -> NDArray[np.int64]:
         """Count one shard's rows.
 
         Args:
+            shard: its URL.
             old: its rows before.
             new: its rows after.
             carried: columns that make a row relabelled.
@@ -178,7 +191,12 @@ class _Rows:
         old_M = found_N[new_M]
         old_hashes, new_hashes = _hashes(old), _hashes(new)
         self.added.append(new_hashes[found_N < 0])
-        self.removed.append(np.delete(old_hashes, old_M))
+        only_old_M = np.setdiff1d(np.arange(len(old)), old_M)
+        self.removed.append(old_hashes[only_old_M])
+        for name, table, rows_M in (("added", new, np.flatnonzero(found_N < 0)), ("removed", old, only_old_M)):
+            known = self.examples[name]
+            some = table.column("key").take(pa.array(rows_M[: EXAMPLES - len(known)], pa.int64()))
+            known += [{"shard": shard, "key": key} for key in some.to_pylist()]
         changed_M = old_hashes[old_M] != new_hashes[new_M]
         relabelled_M = np.zeros(len(old_M), np.bool_)
         for name in carried:
@@ -197,6 +215,7 @@ class _Drift:
         self._sums_2D = np.zeros((2, width))
         self._norms_2, self._counts_2 = np.zeros(2), np.zeros(2, np.int64)
         self._cosines = [np.empty(0, np.float32)]
+        self._farthest: list[dict[str, Any]] = []
 
     def values(self, column: pa.ChunkedArray) -> NDArray[np.float32]:
         """(N, D) float32, also where N is 0."""
@@ -209,11 +228,15 @@ class _Drift:
             self._norms_2[side] += _norms(values_ND).sum()
             self._counts_2[side] += len(values_ND)
 
-    def compare(self, old_MD: NDArray[np.float32], new_MD: NDArray[np.float32]) -> None:
-        """Embeddings of the same rows; the cosine with a zero vector counts as 0."""
+    def compare(self, old_MD: NDArray[np.float32], new_MD: NDArray[np.float32], shard: str, keys: Sequence[str]) -> None:
+        """Embeddings of the same rows of a shard, and their keys; the cosine with a zero vector counts as 0."""
         dot_M = np.einsum("md,md->m", old_MD, new_MD, dtype=np.float64)
         cosine_M = dot_M / np.maximum(_norms(old_MD) * _norms(new_MD), np.finfo(np.float64).tiny)
-        self._cosines.append(np.clip(cosine_M, -1.0, 1.0).astype(np.float32))
+        cosine_M = np.clip(cosine_M, -1.0, 1.0).astype(np.float32)
+        self._cosines.append(cosine_M)
+        least = np.argsort(cosine_M, kind="stable")[:EXAMPLES].tolist()
+        found = [{"shard": shard, "key": keys[row], "cosine": float(cosine_M[row])} for row in least]
+        self._farthest = heapq.nsmallest(EXAMPLES, [*self._farthest, *found], key=lambda each: each["cosine"])
 
     def result(self) -> Drift:
         """What the sums say."""
@@ -231,6 +254,7 @@ class _Drift:
             cosine_mean=float(cosines.mean(dtype=np.float64)) if len(cosines) else None,
             cosine_median=float(np.median(cosines)) if len(cosines) else None,
             cosine_min=float(cosines.min()) if len(cosines) else None,
+            farthest=self._farthest,
         )
 
 

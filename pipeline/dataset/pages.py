@@ -9,6 +9,8 @@ Format: https://parquet.apache.org/docs/file-format/data-pages/, with page heade
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
@@ -17,43 +19,81 @@ from numpy.typing import NDArray
 
 HEADER_BYTES = 512
 """A page's header is shorter, unless it has statistics, which embeddings never have."""
+Spans = list[tuple[int, int]]
 _DATA_PAGE, _PLAIN, _RLE = 0, 0, 3
 
 
-def read_plain(file: BinaryIO, start: int, num_bytes: int, out: NDArray[np.float32]) -> bool:
-    """Read a column chunk of numbers that is not compressed.
+class PlainNumbers:
+    """The numbers of a column chunk as one stretch, read from any place on."""
+
+    def __init__(self, file: BinaryIO, start: int, spans: Spans) -> None:
+        """Begin with the first.
+
+        Args:
+            file: unbuffered, or in memory.
+            start: where the first page begins.
+            spans: what `plain_spans` has found.
+        """
+        self._file, self._start, self._spans = file, start, spans
+        self._ends = list(itertools.accumulate(num_bytes for _, num_bytes in spans))
+        self._position = 0
+
+    def seek(self, number: int) -> None:
+        """Go on with this one."""
+        self._position = 4 * number
+
+    def readinto(self, out: NDArray[np.float32]) -> None:
+        """Fill `out`, contiguous float32, with the next numbers.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        target, filled = out.reshape(-1).view(np.uint8).data, 0
+        page = bisect.bisect_right(self._ends, self._position)
+        while filled < len(target):
+            if page == len(self._spans):
+                raise ValueError("its pages end early")
+            offset, num_bytes = self._spans[page]
+            passed = self._position - (self._ends[page] - num_bytes)
+            size = min(num_bytes - passed, len(target) - filled)
+            self._file.seek(self._start + offset + passed)
+            if self._file.readinto(target[filled : filled + size]) != size:  # type: ignore[attr-defined]
+                raise ValueError("a page ends early")
+            filled, self._position, page = filled + size, self._position + size, page + 1
+
+
+def plain_spans(file: BinaryIO, start: int, num_bytes: int, count: int) -> Spans | None:
+    """Where the float32 numbers of a column chunk lie that is not compressed.
 
     Args:
         file: unbuffered, or in memory.
         start: where the first page begins.
         num_bytes: of all pages.
-        out: contiguous float32, filled with the numbers in their order.
+        count: numbers that there should be.
 
     Returns:
-        Whether they lay there plainly, and were exactly so many; if not, `out` holds anything.
+        Where they begin, counted from `start`, and their bytes, page by page. None if they do not lie there plainly, or are not
+        exactly so many.
     """
-    position, end, filled = start, start + num_bytes, 0
+    position, end = start, start + num_bytes
+    spans: Spans = []
     try:
-        target = out.data.cast("B")
         while position < end:
             header, length = _struct(_read(file, position, min(HEADER_BYTES, end - position)), 0)
             values, position = position + length, position + length + header[3]
             data = header[5]
             if header[1] != _DATA_PAGE or header[2] != header[3] or (data[2], data[3], data[4]) != (_PLAIN, _RLE, _RLE):
-                return False
+                return None
             for _ in ("repetition levels", "definition levels"):
                 values += 4 + int.from_bytes(_read(file, values, 4), "little")
             # Nulls and empty lists have levels, but no number.
             size = 4 * data[1]
             if not 0 < size == position - values or position > end:
-                return False
-            file.seek(values)
-            if file.readinto(target[filled : filled + size]) != size:  # type: ignore[attr-defined]
-                return False
-            filled += size
+                return None
+            spans.append((values - start, size))
     except (IndexError, KeyError, TypeError, ValueError, RecursionError):
-        return False
-    return filled == len(target)
+        return None
+    return spans if sum(size for _, size in spans) == 4 * count else None
 
 
 def _read(file: BinaryIO, position: int, num_bytes: int) -> bytes:

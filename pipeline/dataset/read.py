@@ -6,6 +6,7 @@ Embeddings come out of the Arrow buffers without a step in Python for a row. How
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +23,12 @@ from pipeline.ahead import ahead
 from pipeline.config import Storage
 from pipeline.dataset import notebook, partition
 from pipeline.dataset.filter import Filter
-from pipeline.dataset.groups import Groups, RowGroup, present
+from pipeline.dataset.groups import Groups, RowGroup, Values, present
 from pipeline.dataset.images import PLACE_COLUMNS as PLACE_COLUMNS
 from pipeline.dataset.images import read_image
 from pipeline.dataset.partition import Quarantined
 from pipeline.dataset.table import Entry, Table, missing
-from pipeline.dataset.topk import Candidates, Metric, TopK
+from pipeline.dataset.topk import Candidates, Metric, TopK, cached_rows
 from pipeline.errors import DatasetError, PipelineError, SourceChanged, nearest
 from pipeline.storage import FileStat, Store, join
 
@@ -185,6 +186,11 @@ class Dataset:
         for table in self._groups.map(lambda group: group.read(schema.names).cast(schema)):
             yield from table.to_batches(batch_size)
 
+    def iter_values(self, node: str, columns: Sequence[str]) -> Iterator[tuple[pa.Table, Values]]:
+        """Row groups in the order of `table()`: some columns, and an embedding column that is still to be read."""
+        schema = self._schema_of(columns)
+        return self._groups.map(lambda group: (group.read(schema.names).cast(schema), group.values(node)))
+
     def entries(self) -> list[Entry]:
         """Partitions in a stable order, so that separate reads of columns line up."""
         return self._groups.entries
@@ -237,6 +243,16 @@ class Dataset:
         found = pa.concat_tables([schema.empty_table(), *self._groups.map(rows, self._groups.numbers_of(wanted_U))])
         return found.take(pa.array(order_M))
 
+    def positions(self, where: pc.Expression) -> NDArray[np.int64]:
+        """Positions in `table()`, ascending, of the rows for which an expression over columns that are no embeddings is true.
+
+        Raises:
+            DatasetError: no such column, or the version was vacuumed.
+        """
+        chosen = Filter(where, self._schema_of(self.columns))
+        found = self._groups.map(lambda group: group.start + chosen.positions(group.read(chosen.columns)), limit=SMALL_AHEAD)
+        return np.concatenate([np.empty(0, np.int64), *found])
+
     def search(
         self,
         vectors: ArrayLike,
@@ -273,9 +289,7 @@ class Dataset:
             rows_M = chosen.positions(group.read(chosen.columns)) if chosen is not None else None
             if rows_M is not None and not len(rows_M):
                 return None
-            if not hasattr(scratch, "rows_ND") or len(scratch.rows_ND) < group.num_rows:
-                scratch.rows_ND = np.empty((group.num_rows, self.nodes[name]), np.float32)
-            return best.candidates(group.embeddings(name, scratch.rows_ND[: group.num_rows]), group.start, rows_M)
+            return best.candidates(_Streamed(group.values(name), self.nodes[name], scratch), group.start, rows_M)
 
         for found in self._groups.map(look):
             if found is not None:
@@ -400,3 +414,28 @@ class Dataset:
                 )
         names = self.schema.names if columns is None else columns
         return pa.schema([self.schema.field(name).remove_metadata() for name in names])
+
+
+class _Streamed:
+    """Rows of a row group that are read when they are looked at. What a thread reads them into is used again."""
+
+    def __init__(self, values: Values, width: int, scratch: threading.local) -> None:
+        self._values, self._width, self._scratch = values, width, scratch
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def parts(self) -> Iterator[NDArray[np.float32]]:
+        return self._values.blocks(itertools.repeat(self._memory(cached_rows(self._width))))
+
+    def take(self, rows_M: NDArray[np.int64], /) -> NDArray[np.float32]:
+        return self._values.take(rows_M)
+
+    def whole(self) -> NDArray[np.float32]:
+        return self._values.whole(self._memory(len(self)))
+
+    def _memory(self, num_rows: int) -> NDArray[np.float32]:
+        rows_ND: NDArray[np.float32] | None = getattr(self._scratch, "rows_ND", None)
+        if rows_ND is None or len(rows_ND) < num_rows:
+            rows_ND = self._scratch.rows_ND = np.empty((num_rows, self._width), np.float32)
+        return rows_ND[:num_rows]

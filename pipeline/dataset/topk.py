@@ -17,24 +17,25 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.ahead import ahead
-from pipeline.dataset.partition import ROW_GROUP_BYTES
 from pipeline.errors import ConfigError
 
 Metric = Literal["cosine", "inner"]
 
+ARRAY_BYTES = 32 << 20
+"""Of an array so many rows at a time: fewer, and threads wait for each other in the Python between the products."""
 PRODUCTS_BYTES = 4 << 20
 """A block is multiplied with so many queries at a time as this holds products of."""
 CANDIDATES_BYTES = 4 << 20
 """So many candidates are looked at at a time, in float64."""
-CACHED_BYTES = 4 << 20
+CACHED_BYTES = 2 << 20
 """Of rows that are read twice while they are in a core's cache, for products and norms."""
 FEW_QUERIES = 12
 """Up to so many are multiplied one by one, each thread its rows. For 205 MB and one query that takes 8 ms of a core and the
@@ -67,8 +68,9 @@ def nearest_rows(
     """
     num_rows, width = embeddings_ND.shape
     best = TopK(queries_QD, k, metric, num_rows=num_rows, width=width)
-    step = max(1, ROW_GROUP_BYTES // (4 * max(1, width)))
     num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+    num_blocks = -(-num_rows * 4 * width // ARRAY_BYTES)
+    step = max(1, -(-num_rows // max(1, -(-num_blocks // num_threads) * num_threads)))  # as many for each thread
 
     def look(start: int) -> Candidates:
         return best.candidates(np.asarray(embeddings_ND[start : start + step], np.float32), start)
@@ -77,6 +79,49 @@ def nearest_rows(
         for found in ahead(pool, look, range(0, num_rows, step), num_threads + 1):
             best.merge(found)
     return best.scores_QK, best.rows_QK
+
+
+class Rows(Protocol):
+    """Rows of a block (B, D) float32, wherever they lie."""
+
+    def __len__(self) -> int: ...
+
+    def parts(self) -> Iterator[NDArray[np.float32]]:
+        """All of them in order, as many at a time as a core's cache holds; each part may be gone when the next one comes."""
+        ...
+
+    def take(self, rows_M: NDArray[np.int64], /) -> NDArray[np.float32]:
+        """Single ones."""
+        ...
+
+    def whole(self) -> NDArray[np.float32]:
+        """All of them in memory."""
+        ...
+
+
+class _Array:
+    """Rows that are in memory."""
+
+    def __init__(self, block_BD: NDArray[np.float32]) -> None:
+        self._block_BD = block_BD
+
+    def __len__(self) -> int:
+        return len(self._block_BD)
+
+    def parts(self) -> Iterator[NDArray[np.float32]]:
+        step = cached_rows(self._block_BD.shape[1])
+        return (self._block_BD[first : first + step] for first in range(0, len(self), step))
+
+    def take(self, rows_M: NDArray[np.int64], /) -> NDArray[np.float32]:
+        return self._block_BD[rows_M]
+
+    def whole(self) -> NDArray[np.float32]:
+        return self._block_BD
+
+
+def cached_rows(width: int) -> int:
+    """Rows that a core's cache holds, or one."""
+    return max(1, CACHED_BYTES // (4 * max(1, width)))
 
 
 class Candidates(NamedTuple):
@@ -117,32 +162,37 @@ class TopK:
         self.scores_QK = np.full((len(exact_QD), min(k, num_rows)), -np.inf, np.float32)
         self.rows_QK = np.full(self.scores_QK.shape, -1, np.int64)
 
-    def candidates(self, block_BD: NDArray[np.float32], start: int, chosen_M: NDArray[np.int64] | None = None) -> Candidates:
+    def candidates(
+        self, block: Rows | NDArray[np.float32], start: int, chosen_M: NDArray[np.int64] | None = None
+    ) -> Candidates:
         """Rows of a block that may be among the best, with their scores.
 
         Args:
-            block_BD: (B, D) float32; may be changed afterwards.
+            block: (B, D) float32; an array may be changed afterwards.
             start: number of the block's first row.
             chosen_M: ascending positions in the block of the rows that are meant; all when left out.
         """
-        numbers_B, meant_B = np.arange(start, start + len(block_BD)), np.ones(len(block_BD), np.bool_)
-        if chosen_M is not None and len(chosen_M) < _SPARSE * len(block_BD):
-            block_BD, numbers_B, meant_B = block_BD[chosen_M], numbers_B[chosen_M], meant_B[chosen_M]
+        rows: Rows = _Array(block) if isinstance(block, np.ndarray) else block
+        if chosen_M is not None or len(self._queries_QD) > FEW_QUERIES:
+            rows = _Array(rows.whole())
+        numbers_B, meant_B = np.arange(start, start + len(rows)), np.ones(len(rows), np.bool_)
+        if chosen_M is not None and len(chosen_M) < _SPARSE * len(rows):
+            rows, numbers_B, meant_B = _Array(rows.take(chosen_M)), numbers_B[chosen_M], meant_B[chosen_M]
         elif chosen_M is not None:
             meant_B[:] = False
             meant_B[chosen_M] = True
         num_queries, k = self.rows_QK.shape
-        few_BQ, squares_B = self._products_and_squares(block_BD)
-        plain_B, odd_M = _kinds(block_BD, squares_B, meant_B)
+        few_BQ, squares_B = self._products_and_squares(rows)
+        plain_B, odd_M = _kinds(rows, squares_B, meant_B)
         # Rows that only float64 can multiply are candidates for every query; there are hardly ever any.
         odd = np.add.outer(odd_M * num_queries, np.arange(num_queries)).ravel()
-        found = [self._exact(block_BD, odd, slice(0, num_queries))]
-        step = max(1, PRODUCTS_BYTES // (4 * max(1, len(block_BD))))
-        for first in range(0, num_queries if len(block_BD) else 0, step):
+        found = [self._exact(rows, odd, slice(0, num_queries))]
+        step = max(1, PRODUCTS_BYTES // (4 * max(1, len(rows))))
+        for first in range(0, num_queries if len(rows) else 0, step):
             some = slice(first, min(first + step, num_queries))
             with np.errstate(over="ignore", invalid="ignore"):
-                scores_BQ = few_BQ[:, some] if few_BQ is not None else self._products(block_BD, some)
-            found.append(self._exact(block_BD, self._hits(scores_BQ, squares_B, plain_B, some), some))
+                scores_BQ = few_BQ[:, some] if few_BQ is not None else self._products(rows.whole(), some)
+            found.append(self._exact(rows, self._hits(scores_BQ, squares_B, plain_B, some), some))
         best = _best(found, k)
         return best._replace(rows_M=numbers_B[best.rows_M])
 
@@ -159,18 +209,18 @@ class TopK:
         with self._multiplying:  # it has threads of its own, and others that call it meanwhile would spin
             return block_BD @ self._queries_QD[queries].T
 
-    def _products_and_squares(self, block_BD: NDArray[np.float32]) -> tuple[NDArray[np.float32] | None, NDArray[np.float32]]:
+    def _products_and_squares(self, rows: Rows) -> tuple[NDArray[np.float32] | None, NDArray[np.float32]]:
         """Products (B, Q) where the queries are few, and squared norms (B,)."""
         is_few = len(self._queries_QD) <= FEW_QUERIES
-        products_BQ = np.empty((len(block_BD), len(self._queries_QD)), np.float32) if is_few else None
-        squares_B = np.empty(len(block_BD), np.float32)
-        step = max(1, CACHED_BYTES // (4 * max(1, block_BD.shape[1])))
+        products_BQ = np.empty((len(rows), len(self._queries_QD)), np.float32) if is_few else None
+        squares_B, first = np.empty(len(rows), np.float32), 0
         with np.errstate(over="ignore", invalid="ignore"):
-            for first in range(0, len(block_BD), step):
-                rows_BD = block_BD[first : first + step]
-                np.vecdot(rows_BD, rows_BD, out=squares_B[first : first + step])
+            for part_PD in rows.parts():
+                some = slice(first, first + len(part_PD))
+                np.vecdot(part_PD, part_PD, out=squares_B[some])
                 if products_BQ is not None:
-                    np.vecdot(rows_BD[:, None], self._queries_QD, out=products_BQ[first : first + step])
+                    np.vecdot(part_PD[:, None], self._queries_QD, out=products_BQ[some])
+                first = some.stop
         return products_BQ, squares_B
 
     def _hits(
@@ -200,21 +250,21 @@ class TopK:
         limit_Q[crowded] = np.maximum(limit_Q[crowded], crowded_QB[:, num_rows - k] - slack_Q[crowded])
         return np.flatnonzero(scores_BQ >= limit_Q)
 
-    def _exact(self, block_BD: NDArray[np.float32], pairs: NDArray[np.int64], queries: slice) -> Candidates:
+    def _exact(self, rows: Rows, pairs: NDArray[np.int64], queries: slice) -> Candidates:
         """The k best of each query by their scores as they are defined.
 
         Args:
-            block_BD: (B, D) float32.
+            rows: the block.
             pairs: of row and query, as positions in the flattened (B, Q).
             queries: which ones.
         """
         nothing = np.empty(0, np.int64)
         best = Candidates(nothing, nothing, np.empty(0, np.float32))
-        step = max(1, CANDIDATES_BYTES // (8 * max(1, block_BD.shape[1])))
+        step = max(1, CANDIDATES_BYTES // (8 * max(1, self._queries_QD.shape[1])))
         for first in range(0, len(pairs), step):
             rows_C, queries_C = np.divmod(pairs[first : first + step], queries.stop - queries.start)
             queries_C += queries.start
-            rows_CD = block_BD[rows_C].astype(np.float64)
+            rows_CD = rows.take(rows_C).astype(np.float64)
             scores_C = np.vecdot(rows_CD, self._exact_QD[queries_C])
             if self._is_cosine:
                 norms_C = np.sqrt(np.vecdot(rows_CD, rows_CD))
@@ -234,7 +284,7 @@ def _best(found: Sequence[Candidates], k: int) -> Candidates:
 
 
 def _kinds(
-    block_BD: NDArray[np.float32], squares_B: NDArray[np.float32], meant_B: NDArray[np.bool_]
+    rows: Rows, squares_B: NDArray[np.float32], meant_B: NDArray[np.bool_]
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Of the rows that are meant: those that float32 can multiply (B,), and positions (M,) of those that only float64 can.
 
@@ -242,7 +292,7 @@ def _kinds(
     """
     plain_B = (squares_B >= _RANGE[0]) & (squares_B <= _RANGE[1])
     rows_M = np.flatnonzero(~plain_B & meant_B)
-    values_MD = block_BD[rows_M]
+    values_MD = rows.take(rows_M)
     is_zero_M = ~values_MD.any(axis=1)
     plain_B[rows_M[is_zero_M]] = True
     return plain_B & meant_B, rows_M[np.isfinite(values_MD).all(axis=1) & ~is_zero_M]

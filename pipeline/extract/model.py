@@ -1,6 +1,6 @@
 """A model as the config names it: built, its weights loaded, cut at the nodes. Not frozen, checked or run here.
 
-A new provider is a function and a line in `_PROVIDERS`.
+A new provider is a function and a line in `_PROVIDERS`; or in a package of its own, see `plugins.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torchvision
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from pipeline import config
+from pipeline import config, plugins
 from pipeline.config import Preprocess
 from pipeline.errors import BackboneError, PipelineError, nearest
 from pipeline.storage import Store
@@ -30,7 +30,7 @@ def build(settings: config.Backbone) -> tuple[nn.Module, Preprocess]:
     with torch.random.fork_rng(devices=[]):  # whoever calls this keeps their own random state
         if settings.weights.startswith("seed:"):
             torch.manual_seed(int(settings.weights.partition(":")[2]))
-        model, preprocess, loaded = _PROVIDERS[provider](name, settings)
+        model, preprocess, loaded = _provider(provider)(name, settings)
     if not loaded:
         load_weights(model, settings.weights)
     return model, settings.preprocess or preprocess
@@ -118,6 +118,16 @@ def _tracer(model: nn.Module) -> dict[str, Any]:
 # Providers: name and settings to the model, its preprocessing, and whether the weights are in it already.
 
 Built = tuple[nn.Module, Preprocess, bool]
+Provider = Callable[[str, config.Backbone], Built]
+"""Raises BackboneError where there is no such model. Weights that are not in the model yet are loaded into it from the file
+that the config names."""
+
+
+def _provider(name: str) -> Provider:
+    if (known := _PROVIDERS.get(name)) is not None:
+        return known
+    added: Provider = plugins.load(plugins.BACKBONES, name)
+    return added
 
 
 def _torchvision(name: str, settings: config.Backbone) -> Built:
@@ -205,8 +215,8 @@ def _python(name: str, settings: config.Backbone) -> Built:
     return model, Preprocess(), settings.weights == "builtin" or settings.weights.startswith("seed:")
 
 
-_PROVIDERS: dict[str, Callable[[str, config.Backbone], Built]] = {"torchvision": _torchvision, "timm": _timm, "python": _python}
-"""Also named in `config.Backbone`."""
+_PROVIDERS: dict[str, Provider] = {"torchvision": _torchvision, "timm": _timm, "python": _python}
+"""Also named in `config.PROVIDERS`."""
 
 
 # Weights

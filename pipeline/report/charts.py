@@ -67,26 +67,64 @@ def scatter(places_M2: NDArray[np.float64], groups_M: ArrayLike) -> Markup:
     )
 
 
-def curves(lines: Sequence[Sequence[tuple[float, float]]], *, x: str, y: str) -> Markup:
-    """Lines over a logarithmic axis, line i in colour i; at most `NUM_COLORS`.
+def curves(
+    lines: Sequence[Sequence[tuple[float, float]]],
+    *,
+    x: str,
+    y: str,
+    log: bool = False,
+    domain: tuple[float, float] | None = None,
+) -> Markup:
+    """Lines, line i in colour i; at most `NUM_COLORS`.
 
     Args:
-        lines: of each line its points, with x above 0.
+        lines: of each line its points.
         x: title of the axis, as y; from the program and not from data.
         y: its title.
+        log: the axis of x is logarithmic, and x above 0.
+        domain: what the axis of y shows; what the lines need when left out.
     """
     rows = [{"x": at, "y": value, "g": line} for line, points in enumerate(lines) for at, value in points]
+    across = {"type": "log"} if log else {"nice": False}
+    axis = {"format": "~e"} if log else {}
     return _svg(
         rows,
         width=480,
         height=220,
         mark={"type": "line", "strokeWidth": 2},
         encoding={
-            "x": {"field": "x", "type": "quantitative", "scale": {"type": "log"},
-                  "axis": {"title": x, "format": "~e", "grid": False, "tickCount": 6, "labelOverlap": True}},
-            "y": {"field": "y", "type": "quantitative", "scale": {"zero": False}, "axis": {"title": y, "tickCount": 5}},
+            "x": {"field": "x", "type": "quantitative", "scale": across,
+                  "axis": {"title": x, **axis, "grid": False, "tickCount": 6, "labelOverlap": True}},
+            "y": {"field": "y", "type": "quantitative", "scale": {"zero": False, **({"domain": domain} if domain else {})},
+                  "axis": {"title": y, "tickCount": 5}},
             "color": _color("g"),
         },
+    )  # fmt: skip
+
+
+def reliability(bins: Sequence[tuple[float, float]]) -> Markup:
+    """Accuracy over confidence, from 0 to 1 both, and the diagonal where they agree.
+
+    Args:
+        bins: confidence and accuracy of each.
+    """
+    rows = [{"x": confidence, "y": accuracy, "g": 0} for confidence, accuracy in bins]
+    diagonal = [{"x": 0, "y": 0}, {"x": 1, "y": 1}]
+    axes = {
+        name: {"field": name, "type": "quantitative", "scale": {"domain": [0, 1]},
+               "axis": {"title": title, "tickCount": 5, "grid": False, "format": "%"}}
+        for name, title in (("x", "confidence"), ("y", "accuracy"))
+    }  # fmt: skip
+    return _svg(
+        rows,
+        width=260,
+        height=260,
+        encoding=axes,
+        layer=[
+            {"data": {"values": diagonal}, "mark": {"type": "line", "strokeWidth": 1, "strokeDash": [4, 4]},
+             "encoding": {"color": {"value": "var(--muted)"}}},
+            {"mark": {"type": "line", "strokeWidth": 2, "point": {"size": 40}}, "encoding": {"color": _color("g")}},
+        ],
     )  # fmt: skip
 
 

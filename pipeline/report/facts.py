@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from pipeline import metrics
 from pipeline.dataset.partition import Quarantined
 from pipeline.dataset.read import Dataset
+from pipeline.report import charts
 from pipeline.report.page import short
 from pipeline.report.terminal import duration, size
 
@@ -54,6 +57,31 @@ def speed(run: Mapping[str, Any]) -> dict[str, Any] | None:
         "advice": metrics.ADVICE[run["bound_by"]],
         "busy": [(stage, round(100 * share)) for stage, share in run["busy"].items()],
         "facts": [("read", f"{size(run.get('bytes_per_second', 0))}/s"), ("by", by)],
+        **_over_time(run.get("pace")),
+    }
+
+
+def _over_time(pace: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Charts of the rate and of the stages; None of them where the run was too short, or of a program that kept none."""
+    if not pace:
+        return {"pace": None, "stages": None, "legend": []}
+    num_stretches = len(pace["images_per_second"])
+    seconds = (np.arange(num_stretches) + 0.5) * pace["stretch_s"]
+    unit, name = next((each for each in ((3600, "hours"), (60, "minutes")) if seconds[-1] > 3 * each[0]), (1, "seconds"))
+    times = (seconds / unit).round(3).tolist()
+
+    def line(values: Sequence[float]) -> list[tuple[float, float]]:
+        return list(zip(times, values, strict=True))
+
+    fastest = max(pace["images_per_second"])
+    return {
+        "pace": charts.curves(
+            [line(pace["images_per_second"])], x=name, y="images/s", domain=(0, 1.1 * fastest if fastest else 1)
+        ),
+        "stages": charts.curves(
+            [line([100 * share for share in shares]) for shares in pace["busy"].values()], x=name, y="busy, %", domain=(0, 100)
+        ),
+        "legend": [{"color": number, "name": stage, "num_rows": 0} for number, stage in enumerate(pace["busy"])],
     }
 
 

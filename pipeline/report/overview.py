@@ -61,7 +61,14 @@ class Record:
     """`metrics.json`."""
 
 
-def overview(dataset: Dataset, sample: Sample, record: Record, findings: Sequence[Finding], decode: Decode) -> str:
+def overview(
+    dataset: Dataset,
+    sample: Sample,
+    record: Record,
+    findings: Sequence[Finding],
+    decode: Decode,
+    method: plane.Method = "pca",
+) -> str:
     """The page.
 
     Args:
@@ -70,6 +77,10 @@ def overview(dataset: Dataset, sample: Sample, record: Record, findings: Sequenc
         record: of the run.
         findings: sections from the analyses.
         decode: is called with images that may come from anyone.
+        method: of the map.
+
+    Raises:
+        ConfigError: the method is not installed.
     """
     findings = [*([_neighbours(dataset, sample)] if len(sample.rows) > 1 else []), *findings]
     pictures = Pictures(dataset, decode)
@@ -87,12 +98,20 @@ def overview(dataset: Dataset, sample: Sample, record: Record, findings: Sequenc
         num_failed=num_failed,
         failed=failed,
         quarantine=facts.quarantine(dataset.quarantine()),
-        map=plane.draw(sample, pictures) if len(sample.rows) > 1 else None,
+        map=plane.draw(sample, pictures, method) if len(sample.rows) > 1 else None,
         findings=[
-            {"title": finding.title, "text": finding.text, "strips": [_tiles(strip, pictures) for strip in finding.strips]}
+            {"title": finding.title, "text": finding.text, "strips": [tiles(strip, pictures) for strip in finding.strips]}
             for finding in findings
         ],
         probe=probe.section(record.probe) if record.probe is not None else None,
+    )
+
+
+def map_page(dataset: Dataset, sample: Sample, decode: Decode | None, method: plane.Method) -> str:
+    """The map alone; without `decode` there are no pictures on it."""
+    pictures = Pictures(dataset, decode) if decode is not None else None
+    return render(
+        "map.html", title=f"{dataset.url}, version {dataset.version}", facts=[], map=plane.draw(sample, pictures, method)
     )
 
 
@@ -122,11 +141,11 @@ def _strip(row: Mapping[str, Any], others: Sequence[tuple[float, Mapping[str, An
     return Strip(row=row, name="row", rows=[other for _, other in others], texts=[f"{score:.4f}" for score, _ in others])
 
 
-def _tiles(strip: Strip, pictures: Pictures) -> dict[str, Any]:
+def tiles(strip: Strip, pictures: Pictures) -> dict[str, Any]:
     """A strip for the template: the tile in front, if there is one, and the others."""
     label = strip.row.get("label") if strip.row is not None else None
-    tiles: list[Tile] = [
+    found: list[Tile] = [
         dataclasses.replace(pictures.tile(row), score=text, rank=rank, is_same=label is not None and row.get("label") == label)
         for rank, (row, text) in enumerate(zip(strip.rows, strip.texts, strict=True), 1)
     ]
-    return {"tile": pictures.tile(strip.row) if strip.row is not None else None, "kind": strip.name, "tiles": tiles}
+    return {"tile": pictures.tile(strip.row) if strip.row is not None else None, "kind": strip.name, "tiles": found}

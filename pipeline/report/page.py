@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import base64
 import functools
+import html as markup
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import RESERVED_COLUMNS
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 THUMBNAIL_SIDE = 240
 """Longer side in pixels: sharp on dense screens at the size in which pages show it."""
 THUMBNAIL_QUALITY = 80
+FRAME_HEIGHT = 760
+"""Pixels of a page within a notebook."""
 MAX_CHARACTERS = 300
 """Of one text from data."""
 
@@ -35,8 +39,10 @@ Decode = Callable[[bytes], "Image"]
 class Thumbnail:
     """A small picture inside the page, or why there is none."""
 
+    jpeg: bytes = b""
+    """Empty where there is no picture."""
     uri: str = ""
-    """`data:image/jpeg;base64,…`; empty where there is no picture."""
+    """`data:image/jpeg;base64,…`, or where a server has it."""
     width: int = 0
     """Pixels."""
     height: int = 0
@@ -49,7 +55,7 @@ class Thumbnail:
         file = io.BytesIO()
         image.convert("RGB").save(file, "JPEG", quality=THUMBNAIL_QUALITY)
         uri = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-        return cls(uri=uri, width=image.width, height=image.height)
+        return cls(jpeg=file.getvalue(), uri=uri, width=image.width, height=image.height)
 
     @classmethod
     def made(cls, image: bytes | PipelineError, decode: Decode, where: str = "", side: int = THUMBNAIL_SIDE) -> Thumbnail:
@@ -87,6 +93,22 @@ class Tile:
             label=short(str(row["label"])) if row.get("label") is not None else None,
             more=tuple((name, short(value)) for name, value in [*carried, ("shard", place)]),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page in a notebook: in a frame of its own, which runs nothing."""
+
+    html: str
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<iframe srcdoc="{markup.escape(self.html)}" sandbox style="width:100%;height:{FRAME_HEIGHT}px;border:0"></iframe>'
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a local file."""
+        Path(path).write_text(self.html, "utf-8", "backslashreplace")
 
 
 def short(text: str, most: int = MAX_CHARACTERS) -> str:

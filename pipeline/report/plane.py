@@ -1,4 +1,4 @@
-"""The map of a dataset: a sample of its embeddings along their two principal axes, coloured by label.
+"""The map of a dataset: a sample of its embeddings in a plane, coloured by label: along their two principal axes, or by UMAP.
 
 The points are a chart. The picture that is shown on pointing at one of them, or tapping on it, is a tile of the page that the
 style sheet hides until then: no script.
@@ -9,13 +9,16 @@ Legend: M rows of the sample, D features, P axes of a subspace.
 from __future__ import annotations
 
 import collections
+import dataclasses
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import ConfigError
 from pipeline.report import charts
 from pipeline.report.page import Tile, short
 from pipeline.report.pictures import SMALL_SIDE, Pictures
@@ -30,6 +33,8 @@ MARGIN = 0.02
 """Of the width and the height, left free around the points."""
 SUBSPACE, ITERATIONS = 12, 8
 """Axes that are looked for at once, and how often: as many as make the first two exact to more than a pixel."""
+MIN_UMAP = 10
+"""Rows below which there are no neighbourhoods to keep."""
 FAR = 0.005
 """Share of the points at either end of an axis that may stand at the edge, lest a few press all others together."""
 
@@ -64,30 +69,63 @@ class Map:
     """What the sample is."""
     by: str
     """What the colours tell apart."""
-    shares: str
-    """Of the variance, along each axis."""
+    axes: str
+    """What the plane is."""
     chart: Markup
     groups: list[Group]
     spots: list[Spot]
 
 
-def draw(sample: Sample, pictures: Pictures) -> Map:
-    """The map of a sample of at least two rows."""
-    places_M2, shares = plane(sample.features)
+Method = Literal["pca", "umap"]
+
+
+def draw(sample: Sample, pictures: Pictures | None, method: Method = "pca") -> Map:
+    """The map of a sample of at least two rows, with pictures where there are any to load.
+
+    Raises:
+        ConfigError: UMAP is wanted and not installed.
+    """
+    return draw_together([sample], [pictures], method)[0]
+
+
+def draw_together(samples: Sequence[Sample], pictures: Sequence[Pictures | None], method: Method = "pca") -> list[Map]:
+    """Maps of samples of the same node, in the plane of all of them together, with the same colours."""
+    features_MD = np.concatenate([sample.features for sample in samples])
+    if method == "umap" and len(features_MD) >= MIN_UMAP:
+        places_M2, axes = (
+            neighbourhoods(features_MD),
+            "by UMAP, which keeps near rows near; how far apart groups lie says little",
+        )
+    else:
+        places_M2, shares = plane(features_MD)
+        held = " and ".join(f"{share:.0%}" for share in shares)
+        axes = f"along {'its' if len(samples) == 1 else 'their'} two principal axes, which hold {held} of the variance"
     unit_M2 = _fitted(places_M2)
-    by, groups, group_M = _grouped(sample.rows)
+    by, groups, group_M = _grouped([row for sample in samples for row in sample.rows])
+    maps, start = [], 0
+    for sample, of_sample in zip(samples, pictures, strict=True):
+        mine = slice(start, start + len(sample.rows))
+        start = mine.stop
+        counts = np.bincount(group_M[mine], minlength=charts.NUM_COLORS).tolist()
+        maps.append(
+            Map(
+                node=sample.node,
+                how=sample.how,
+                by=by,
+                axes=axes,
+                chart=charts.scatter(unit_M2[mine], group_M[mine]),
+                groups=[dataclasses.replace(group, num_rows=counts[group.color]) for group in groups],
+                spots=_spots(sample, unit_M2[mine], of_sample) if of_sample is not None else [],
+            )
+        )
+    return maps
+
+
+def _spots(sample: Sample, unit_M2: NDArray[np.float64], pictures: Pictures) -> list[Spot]:
+    """Points with a picture, at equal distances in the sample."""
     chosen = np.unique(np.linspace(0, len(sample.rows) - 1, min(MAX_SPOTS, len(sample.rows))).round().astype(np.int64))
     pictures.load([sample.rows[row] for row in chosen], SMALL_SIDE)
-    spots = [_spot(unit_M2[row], pictures.tile(sample.rows[row])) for row in chosen.tolist() if pictures.has(sample.rows[row])]
-    return Map(
-        node=sample.node,
-        how=sample.how,
-        by=by,
-        shares=" and ".join(f"{share:.0%}" for share in shares),
-        chart=charts.scatter(unit_M2, group_M),
-        groups=groups,
-        spots=spots,
-    )
+    return [_spot(unit_M2[row], pictures.tile(sample.rows[row])) for row in chosen.tolist() if pictures.has(sample.rows[row])]
 
 
 def plane(features_MD: NDArray[np.float32]) -> tuple[NDArray[np.float64], list[float]]:
@@ -113,6 +151,22 @@ def plane(features_MD: NDArray[np.float32]) -> tuple[NDArray[np.float64], list[f
     places_M2 *= np.where(np.abs(places_M2).max(axis=0) > places_M2.max(axis=0), -1, 1)
     total = float(np.vdot(centred_MD, centred_MD))
     return places_M2, [float(length) ** 2 / total if total > 0 else 0.0 for length in lengths_P[:2]]
+
+
+def neighbourhoods(features_MD: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(M, 2) float64, by UMAP (https://arxiv.org/abs/1802.03426) of the cosines; the same on every call.
+
+    Raises:
+        ConfigError: umap-learn is not installed.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it finds no tensorflow, and that a seed makes it run in one thread
+        try:
+            import umap
+        except ImportError:
+            raise ConfigError("map: umap-learn is not installed; `pip install 'frozen-pipeline[umap]'` does it") from None
+        reducer = umap.UMAP(n_neighbors=min(15, len(features_MD) - 1), metric="cosine", random_state=0)
+        return np.asarray(reducer.fit_transform(features_MD), np.float64)
 
 
 def _fitted(places_M2: NDArray[np.float64]) -> NDArray[np.float64]:

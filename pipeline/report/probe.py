@@ -6,13 +6,16 @@ Legend: K classes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.report import charts
 from pipeline.report.page import short
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 MAX_TABLE = 20
 """Classes of a confusion matrix with numbers and names; of more, only the shades are drawn."""
@@ -44,8 +47,9 @@ def section(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "table": _table(confusion_KK, names) if len(names) <= MAX_TABLE else None,
         "heat": charts.heat(_shares(confusion_KK)) if MAX_TABLE < len(names) <= MAX_HEAT else None,
         "confused": _confused(confusion_KK, names),
-        "curve": charts.curves(lines, x="C", y="validation accuracy") if lines else None,
+        "curve": charts.curves(lines, x="C", y="validation accuracy", log=True) if lines else None,
         "legend": legend,
+        "reliability": _reliability(metrics),
     }
 
 
@@ -62,6 +66,12 @@ def _facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "knn" in metrics:
         facts.append((f"{metrics['knn']['k']} nearest neighbours", f"{metrics['knn']['test_accuracy']:.1%}"))
     return facts
+
+
+def _reliability(metrics: Mapping[str, Any]) -> Markup | None:
+    """Accuracy over confidence; None of probes of earlier versions, which kept only the error."""
+    bins = metrics.get("reliability") or []
+    return charts.reliability([(each["confidence"], each["accuracy"]) for each in bins]) if bins else None
 
 
 def _shares(confusion_KK: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -1,6 +1,7 @@
 """Where images come from: list shards with their fingerprints, read a shard as samples.
 
-A new format is a module with the three functions of `sample.Format`, and a line in `FORMATS`.
+A new format is a module with the functions of `sample.Format`, and a line in `FORMATS`; or in a package of its own, see
+`plugins.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
-from pipeline import config
+from pipeline import config, plugins
 from pipeline.errors import SourceError, StorageError, StorageRefused
 from pipeline.recipe import FORMAT_VERSION, Layout
-from pipeline.source.sample import Format, Sample, Shard
+from pipeline.source.sample import Format, Sample, Shard, Suggestion
 from pipeline.storage import Store
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ class Source:
 
     @cached_property
     def _format(self) -> Format:
-        return cast(Format, importlib.import_module(FORMATS[self.format_name]))
+        if (home := FORMATS.get(self.format_name)) is not None:
+            return cast(Format, importlib.import_module(home))
+        return cast(Format, plugins.load(plugins.SOURCES, self.format_name))
 
     def fields(self) -> list[pa.Field]:
         """Arrow fields of the label, if there is one, and of the carried columns.
@@ -105,6 +108,15 @@ class Source:
                 f"source.url: {', '.join(self.settings.urls)} holds nothing of the format {self.format_name}; "
                 f"check the URL, or set source.format to one of {', '.join(FORMATS)}"
             )
+
+    def suggest(self) -> Suggestion:
+        """What the other fields of the config could be, from a look at the first shard.
+
+        Raises:
+            SourceError: nothing there to look at, or no images.
+            WorldError: it cannot be read.
+        """
+        return self._format.suggest(self.settings, self.store)
 
     def relist(self, shard: Shard) -> Shard | None:
         """The shard as it is now, when it was found changed; None when it is gone."""

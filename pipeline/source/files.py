@@ -7,6 +7,7 @@ that is added or removed changes its group, at most cuts it or joins it to the n
 
 from __future__ import annotations
 
+import collections
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import Source
 from pipeline.errors import ConfigError, SampleError, ShardChanged
 from pipeline.recipe import digest
-from pipeline.source.sample import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Sample, Shard, arrow_type, convert, printable
+from pipeline.source.sample import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Sample, Shard, Suggestion, arrow_type, convert, printable
 from pipeline.storage import FileStat, Store
 
 if TYPE_CHECKING:
@@ -65,6 +66,17 @@ def read(source: Source, store: Store, shard: Shard) -> Iterator[Sample]:
             except SampleError as error:
                 sample.error = sample.error or error
         yield sample
+
+
+def suggest(source: Source, store: Store) -> Suggestion:
+    """Folders with several images each are classes."""
+    files = [file for url in source.urls for file in store.list(url) if _is_image(file.url, source)]
+    folders = collections.Counter(file.url.split("/")[-2] for file in files)
+    notes = [f"{len(files):,} images in {len(folders):,} folders"]
+    if 1 < len(folders) <= len(files) / 2:
+        notes.append(f"label: the folder, such as {', '.join(printable(name) for name in list(folders)[:3])}")
+        return Suggestion(fields={"label": "folder"}, notes=notes)
+    return Suggestion(fields={}, notes=notes)
 
 
 def _problem(file: FileStat) -> SampleError | None:

@@ -6,13 +6,24 @@ page: what wrote the file decides how many images that is (pyarrow: 1024 rows or
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipeline.config import Source
 from pipeline.errors import ConfigError, SampleError, ShardError, SourceError, nearest
-from pipeline.source.sample import MAX_IMAGE_BYTES, Sample, Shard, arrow_type, convert
+from pipeline.source.sample import (
+    KEY_NAMES,
+    LABEL_NAMES,
+    MAX_IMAGE_BYTES,
+    Sample,
+    Shard,
+    Suggestion,
+    arrow_type,
+    convert,
+    named,
+)
 from pipeline.storage import FileStat, Store
 
 if TYPE_CHECKING:
@@ -25,6 +36,8 @@ WHOLE_BYTES = 32 << 20
 """Of files up to this size a row group's column is read in one piece. The buffered stream makes room for whatever a page claims
 to have, up to 2 GiB, before it looks whether the file has that much."""
 ENDINGS = (".parquet", ".pq")
+IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "bytes", "content", "data")
+"""What people call the column, the likeliest first."""
 
 
 def shards(source: Source, store: Store) -> Iterator[Shard]:
@@ -70,6 +83,50 @@ def read(source: Source, store: Store, shard: Shard) -> Iterator[Sample]:
             raise ShardError(f"{shard.url}: {error}") from None
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: no text, no date
             raise ShardError(f"{shard.url}: not a readable Parquet file: {error}") from None
+
+
+def suggest(source: Source, store: Store) -> Suggestion:
+    """Columns of the first readable file, by their types and names."""
+    import pyarrow as pa
+
+    schema = _first_schema(source, store)
+    images = [field.name for field in schema if _holds_images(field.type)]
+    if not images:
+        raise SourceError(f"source.url: no column holds binary data; there are {', '.join(schema.names)}")
+    fields: dict[str, Any] = {}
+    notes = [f"columns: {', '.join(f'{field.name} ({field.type})' for field in schema)}"]
+    if len(images) > 1:
+        fields["image"] = named(images, IMAGE_NAMES) or images[0]
+        notes.append(f"several columns hold binary data ({', '.join(images)}): {fields['image']} is taken")
+    plain = [field.name for field in schema if pa.types.is_integer(field.type) or _is_text(field.type)]
+    if (label := named(plain, LABEL_NAMES)) is not None:
+        fields["label"] = label
+        notes.append(f"label: {label}")
+    others = [name for name in plain if name != label]
+    while (key := named(others, KEY_NAMES)) is not None:
+        if _is_unique(source, store, key):
+            fields["key"] = key
+            notes.append(f"key: {key}")
+            break
+        others.remove(key)
+    return Suggestion(fields=fields, notes=notes)
+
+
+def _is_unique(source: Source, store: Store, name: str) -> bool:
+    """Whether a column tells the rows of the first readable file apart."""
+    import pyarrow.compute as pc
+
+    for file in _files(source, store):
+        with store.open(file) as handle, contextlib.suppress(ShardError):
+            column = open_file(handle, file).read(columns=[name]).column(0)
+            return bool(pc.count_distinct(column, mode="all").as_py() == len(column) and column.null_count == 0)
+    return False
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _sample(source: Source, shard: Shard, row: dict[str, Any], index: int, image: str, carried: dict[str, str]) -> Sample:
@@ -191,29 +248,31 @@ def _check(source: Source, schema: pa.Schema) -> str:
     Raises:
         ConfigError: it has not.
     """
-    import pyarrow as pa
-
-    def is_binary(kind: pa.DataType) -> bool:
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
-
-    def holds_images(kind: pa.DataType) -> bool:
-        children = kind if pa.types.is_struct(kind) else []
-        return is_binary(kind) or any(child.name == "bytes" and is_binary(child.type) for child in children)
-
     given = [("source.label", source.label), ("source.key", source.key), *(("source.columns", c) for c in source.columns or [])]
     for where, name in given:
         if name is not None:
             _field(schema, name, where)
     if source.image is not None:
         kind = _field(schema, source.image, "source.image").type
-        if not holds_images(kind):
+        if not _holds_images(kind):
             raise ConfigError(f"source.image: {source.image!r} is {kind}; allowed: a column of binary, or of {{bytes, path}}")
         return source.image
-    found = [field.name for field in schema if holds_images(field.type)]
+    found = [field.name for field in schema if _holds_images(field.type)]
     if len(found) != 1:
         names = ", ".join(found) or "none"
         raise ConfigError(f"source.image: {len(found)} columns hold binary data ({names}); name one")
     return str(found[0])
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    """Whether a column of this type may hold encoded images."""
+    import pyarrow as pa
+
+    def is_binary(kind: pa.DataType) -> bool:
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+    children = kind if pa.types.is_struct(kind) else []
+    return is_binary(kind) or any(child.name == "bytes" and is_binary(child.type) for child in children)
 
 
 def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:

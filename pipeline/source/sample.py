@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -65,7 +65,7 @@ class Sample:
 
 
 class Format(Protocol):
-    """One container format: a module with these three functions."""
+    """One container format: a module with these functions."""
 
     def fields(self, source: Source, store: Store) -> list[pa.Field]:
         """Arrow fields of the label, if there is one, and of the carried columns."""
@@ -75,6 +75,9 @@ class Format(Protocol):
         """What there is to read now. Opens no shard."""
         ...
 
+    def suggest(self, source: Source, store: Store) -> Suggestion:
+        """Look at a source of which only URL and format are known, and say what the other fields could be."""
+
     def read(self, source: Source, store: Store, shard: Shard) -> Iterator[Sample]:
         """The samples in order, streamed. A sample that cannot be read has an `error`.
 
@@ -83,6 +86,27 @@ class Format(Protocol):
             ShardChanged: it is no longer what was listed.
         """
         ...
+
+
+LABEL_NAMES = ("label", "labels", "cls", "class", "class_name", "category", "target", "y")
+KEY_NAMES = ("key", "id", "uid", "image_id", "photo_id", "file_name", "filename", "path", "url", "name", "__key__")
+"""What people call such columns, the likeliest first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suggestion:
+    """What a look at a source found."""
+
+    fields: dict[str, Any]
+    """Of the config's section `source`."""
+    notes: list[str]
+    """What there is, for people."""
+
+
+def named(names: Iterable[str], likely: Sequence[str]) -> str | None:
+    """The likeliest of some names, whatever its case."""
+    by_lower = {name.lower(): name for name in names}
+    return next((by_lower[each] for each in likely if each in by_lower), None)
 
 
 _CONVERT: dict[str, Callable[[Any], Any]] = {"int64": int, "float64": float}

@@ -5,13 +5,30 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import itertools
+import json
+import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Source
 from pipeline.errors import SampleError
 from pipeline.source import tar
-from pipeline.source.sample import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, Sample, Shard, arrow_type, convert, printable, select
+from pipeline.source.sample import (
+    IMAGE_EXTENSIONS,
+    LABEL_NAMES,
+    MAX_IMAGE_BYTES,
+    Sample,
+    Shard,
+    Suggestion,
+    arrow_type,
+    convert,
+    named,
+    printable,
+    select,
+)
 from pipeline.storage import Store
 
 if TYPE_CHECKING:
@@ -19,6 +36,8 @@ if TYPE_CHECKING:
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 MAX_SIBLING_BYTES = 16 << 20
+LOOKED_AT = 64
+"""Samples that a suggestion is made from."""
 
 
 def _columns(source: Source) -> list[tuple[str, str, str]]:
@@ -60,6 +79,34 @@ def read(source: Source, store: Store, shard: Shard) -> Iterator[Sample]:
             except SampleError as error:
                 sample.error = sample.error or error
         yield sample
+
+
+def suggest(source: Source, store: Store) -> Suggestion:
+    """Siblings of the first samples."""
+    shard = next(shards(source, store))
+    groups = list(itertools.islice(_groups(source, shard, store, {"cls", "json"}), LOOKED_AT))
+    seen = collections.Counter(extension for group in groups for extension in group.seen)
+    fields: dict[str, Any] = {}
+    notes = [f"members of a sample: {', '.join(sorted(seen))}"]
+    images = collections.Counter(extension for group in groups for extension, *_ in group.images)
+    if any(len(group.images) > 1 for group in groups):
+        fields["image"] = images.most_common(1)[0][0]
+        notes.append(f"samples have several images ({', '.join(sorted(images))}): {fields['image']} is taken")
+    values = {"cls": [group.siblings["cls"].decode("utf-8", "replace").strip() for group in groups if "cls" in group.siblings]}
+    for group in groups:
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(group.siblings.get("json", b"{}"))
+            for name, value in found.items() if isinstance(found, dict) else ():
+                if isinstance(value, str | int):
+                    values.setdefault(f"json.{name}", []).append(str(value))
+    values = {name: each for name, each in values.items() if len(each) > len(groups) / 2}
+    label = named(values, [name for each in LABEL_NAMES for name in (each, f"json.{each}")])
+    if label is not None:
+        fields["label"] = label
+        if label == "cls" and not all(re.fullmatch(r"-?\d{1,18}", value) for value in values["cls"]):
+            fields["label_type"] = "string"
+        notes.append(f"label: {label}, such as {', '.join(dict.fromkeys(values[label][:3]))}")
+    return Suggestion(fields=fields, notes=notes)
 
 
 class _Group:

@@ -160,6 +160,11 @@ def test_scores_are_those_of_scikit_learn(digits, result):
         if inside.any():
             error += inside.mean() * abs((predicted == true)[inside].mean() - confidence[inside].mean())
     assert scores["test_ece"] == pytest.approx(error, rel=1e-3)
+    bins = scores["reliability"]
+    assert sum(each["num_test"] for each in bins) == len(test)
+    assert sum(each["num_test"] * each["accuracy"] for each in bins) == pytest.approx((predicted == true).sum())
+    gaps = sum(each["num_test"] * abs(each["accuracy"] - each["confidence"]) for each in bins)
+    assert gaps / len(test) == pytest.approx(error, rel=1e-3)
     low, high = scores["interval"]
     assert low < scores["test_accuracy"] < high
     spread = np.sqrt(scores["test_accuracy"] * (1 - scores["test_accuracy"]) / len(test))

@@ -12,9 +12,10 @@ all of them. Theirs is StandardScaler, with the mean and deviation of train, and
 
 on train and validation together, which chooses C on validation and refits with it; then one `score` on test. It goes up the
 values of C from solution to solution, as ours does. `--values N`: theirs gets so many of the 45, evenly spread, which only
-saves it time. Both get float32 features and `--threads` threads; each run is a fresh process, one side after the other and
-then again, where it is drawn with another seed for the split. Imports and loading features are in no time. Fits of theirs that
-stopped at `--max-iter` are counted.
+saves it time. `--folds` adds scikit-learn with the same values and cv=None, its default: 5 folds of train and validation. Both
+sides get float32 features and `--threads` threads; each run is a fresh process, one side after the other and then again, where
+it is drawn with another seed for the split. Imports and loading features are in no time. Fits of theirs that stopped at
+`--max-iter` are counted.
 
 `seconds` are by the clock, `cpu_s` of all threads together: where others use the machine, look at these, with one thread.
 Ours without the nearest neighbours, which theirs does not have, is what the ratios are of; `with_knn` is the whole.
@@ -57,7 +58,7 @@ from numpy.typing import NDArray
 NUM_CLASSES = 10
 PART = (300, 225)
 GOAL = {"points": -0.2, "ratio": 10}
-OURS, THEIRS = ("zscore", "three"), "scikit-learn"
+OURS, THEIRS, FOLDS = ("zscore", "three"), "scikit-learn", "5 folds"
 DATA = ("digits", "fashion-mnist", "easy", "hard", "photographs")
 NODES = {
     "embedding": {"node": "_avg_pooling", "normalize": "l2"},
@@ -68,6 +69,7 @@ COMPARED = "middle"
 PIXELS = {"digits": 128, "fashion-mnist": 64}
 PARTS = ("train", "validation", "test")
 TIMES = ("seconds", "cpu_s", "knn_s")
+RATIOS = ("ratio", "cpu_ratio", "ratio_with_knn", "ratio_of_folds")
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -79,6 +81,7 @@ def main() -> None:
     parser.add_argument("--values", type=int, default=45, help="of C, for scikit-learn")
     parser.add_argument("--max-iter", type=int, default=1000, help="for scikit-learn")
     parser.add_argument("--threads", type=int, help="of both sides; all cores when left out")
+    parser.add_argument("--folds", action="store_true", help="scikit-learn with its own folds too")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--dim", type=int, default=1280, help="of the synthetic features")
@@ -96,14 +99,14 @@ def main() -> None:
     for name in arguments.data:
         if not (path := features_file(arguments.work, name)).exists():
             np.savez(path, **make(name, arguments))
-        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in (*OURS, THEIRS)}
+        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in (*OURS, THEIRS, *([FOLDS] if arguments.folds else []))}
         for seed in range(arguments.repeats):
             for side, found in runs.items():
                 found.append(child(f"{name}:{side}:{seed}", arguments))
                 print(shown(name, side, found[-1]), file=out, flush=True)
         line = compare(name, runs)
         for side in OURS:
-            ratios = ", ".join(f"{what} {line[side][what]:.1f}" for what in ("ratio", "cpu_ratio", "ratio_with_knn"))
+            ratios = ", ".join(f"{what} {line[side][what]:.1f}" for what in RATIOS if what in line[side])
             print(f"{name:<14} {side:<13} {ratios}; {line[side]['points']:+.2f} points", file=out, flush=True)
         checks = ["seeds", "shuffled", *(["nodes"] if name in PIXELS else [])]
         for check in checks:
@@ -156,6 +159,8 @@ def compare(name: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         line[side]["ratio"] = line[THEIRS]["seconds"] / line[side]["seconds"]
         line[side]["cpu_ratio"] = line[THEIRS]["cpu_s"] / line[side]["cpu_s"]
         line[side]["ratio_with_knn"] = line[THEIRS]["seconds"] / (line[side]["seconds"] + line[side]["knn_s"])
+        if FOLDS in line:
+            line[side]["ratio_of_folds"] = line[FOLDS]["seconds"] / line[side]["seconds"]
         line[side]["points"] = 100 * (line[side]["test_accuracy"] - line[THEIRS]["test_accuracy"])
     return line
 
@@ -269,6 +274,7 @@ def measured(what: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "zscore": lambda: ours(data, normalize="zscore"),
         "three": lambda: ours(data),
         THEIRS: lambda: theirs(data, arguments.values, arguments.max_iter),
+        FOLDS: lambda: theirs(data, arguments.values, arguments.max_iter, folds=True),
         "seeds": lambda: seeds(data),
         "shuffled": lambda: shuffled(data),
         "nodes": lambda: nodes(arguments.work, name, data),
@@ -313,7 +319,7 @@ def ours(data: Arrays, **settings: Any) -> dict[str, Any]:
     return {**times, **{name: result.metrics[name] for name in names}, **counts}
 
 
-def theirs(data: Arrays, num_values: int, max_iter: int) -> dict[str, Any]:
+def theirs(data: Arrays, num_values: int, max_iter: int, *, folds: bool = False) -> dict[str, Any]:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegressionCV
     from sklearn.model_selection import PredefinedSplit
@@ -327,14 +333,19 @@ def theirs(data: Arrays, num_values: int, max_iter: int) -> dict[str, Any]:
     both, test = np.flatnonzero(np.isin(part_N, PARTS[:2])), np.flatnonzero(part_N == "test")
     clock = Clock()
     scaler = StandardScaler().fit(features_ND[part_N == "train"])
-    folds = PredefinedSplit(np.where(part_N[both] == "validation", 0, -1))
+    predefined = PredefinedSplit(np.where(part_N[both] == "validation", 0, -1))
     classifier = LogisticRegressionCV(
-        Cs=values, cv=folds, scoring="accuracy", l1_ratios=(0,), max_iter=max_iter, use_legacy_attributes=False
+        Cs=values,
+        cv=None if folds else predefined,
+        scoring="accuracy",
+        l1_ratios=(0,),
+        max_iter=max_iter,
+        use_legacy_attributes=False,
     )
     classifier.fit(scaler.transform(features_ND[both]), labels_N[both])
     accuracy = float(classifier.score(scaler.transform(features_ND[test]), labels_N[test]))
     seconds, cpu_s = clock.read()
-    curve = np.ravel(classifier.scores_)
+    curve = np.asarray(classifier.scores_).reshape(-1, num_values).mean(axis=0)
     return {
         "seconds": seconds,
         "cpu_s": cpu_s,

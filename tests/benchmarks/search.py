@@ -13,9 +13,10 @@ picking candidates. k = 10; 1, 10 and 100 queries; default threads for both.
     peak        what a fresh process holds at most on top of what it had once the dataset was open (resident set, with the
                 mapped pages of files), for so many rows and four times as many
 
-Both sides of a line take turns, each once more before the clock starts; medians of `--repeats` rounds. `--patience S` waits up
-to S seconds before each round until the cores are idle, for machines that others use as well: what it saw is in the result.
-Where they were not, look at the CPU seconds, with `OPENBLAS_NUM_THREADS=1`: threads of a product that wait for each other spin.
+Both sides of a line take turns, each after a pause and once more before the clock starts; medians of `--repeats` rounds.
+`--patience S` waits up to S seconds before each round until the cores are idle, for machines that others use as well: what it
+saw is in the result. Where they were not, look at the CPU seconds, with `OPENBLAS_NUM_THREADS=1`: threads of a product that
+wait for each other spin.
 
 The goals: in memory at most 1.3 times theirs. On disk at most 2 times theirs for one query, and for more, where the product
 takes longer than reading, no more than reading and theirs in memory together. Equal rows, scores within float32 rounding. The
@@ -46,6 +47,8 @@ from meter import metered
 K = 10
 QUERIES = (1, 10, 100)
 PARTITIONS = 20
+PAUSE_S = 0.2
+"""OpenBLAS's threads look for more work for 25 ms or so after a product: on the cores that the next side should have."""
 PEAK_MB = 200
 GOAL = {"memory_ratio": 1.3, "disk_ratio": 2.0, "of_reading_and_memory": 1.0, "peak_mb": PEAK_MB}
 
@@ -206,6 +209,7 @@ def take_turns(
             pass
         idle.append(round(share, 2))
         for side, run in sides.items():
+            time.sleep(PAUSE_S)
             run()
             start, cpu_start = time.perf_counter(), time.process_time()
             run()

@@ -52,7 +52,12 @@ def test_rows_added_removed_changed_and_relabelled(output: str) -> None:
     assert found.as_json()["partitions"] == {"shared": 1, "added": 2, "removed": 3}
     assert (found.recipe, found.layout, found.nodes_added, found.nodes_removed) == ([], [], [], [])
 
+    assert found.examples["added"] == []
+    shard = next(entry.shard for entry in before.entries() if entry.shard.endswith("003.tar"))
+    assert found.examples["removed"] == [{"shard": shard, "key": f"{number:05d}"} for number in range(45, 53)]
+
     drift = found.drift["embedding"]
+    assert [(each["key"], each["cosine"]) for each in drift.farthest] == [("00003", drift.cosine_min)]
     old, new = before.to_numpy().astype(np.float64), after.to_numpy().astype(np.float64)
     shift = np.linalg.norm(new.mean(axis=0) - old.mean(axis=0))
     assert drift.mean_shift == pytest.approx(shift, rel=1e-9)

@@ -85,8 +85,8 @@ def test_embeddings_of_row_groups_without_a_row_that_is_meant_are_not_read(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    embeddings = RowGroup.embeddings
-    monkeypatch.setattr(RowGroup, "embeddings", lambda self, *others: read.append(self.start) or embeddings(self, *others))
+    values = RowGroup.values
+    monkeypatch.setattr(RowGroup, "values", lambda self, *others: read.append(self.start) or values(self, *others))
     dataset.search(QUERIES_QD, 5, where=pc.field("author") == "author 3")
     assert sorted(read) == [898, 962]
 

@@ -12,6 +12,7 @@ import pandas
 import pytest
 from datasets import write_dataset
 
+import pipeline
 from pipeline.dataset.read import Dataset
 from pipeline.errors import DatasetError, UserError
 
@@ -81,3 +82,18 @@ def test_mistakes(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)  # what import sees where it is not installed
     with pytest.raises(UserError, match=r"pandas is not installed; `pip install 'frozen-pipeline\[notebook\]'` does it"):
         dataset.to_pandas()
+
+
+def test_a_map_stays_in_its_frame(tmp_path: Path) -> None:
+    """Labels are shown as text in a page that runs nothing, whole in an attribute."""
+    rows = np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32)
+    shown = write_dataset(tmp_path / "out", rows, ['"><script>1</script>', "b"] * 10)
+    drawn = pipeline.plot_map(shown, pictures=False)
+    frame = drawn._repr_html_()
+    assert frame.startswith('<iframe srcdoc="') and frame.count("<") == 2 and " sandbox " in frame
+    assert "&amp;lt;script&amp;gt;" in frame
+    drawn.save(tmp_path / "map.html")
+    html = (tmp_path / "map.html").read_text()
+    assert html.count('fill="var(--c0)"') == 10 and "default-src 'none'" in html
+    with pytest.raises(DatasetError, match="two rows at least"):
+        pipeline.plot_map(write_dataset(tmp_path / "one", rows[:1]))

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import write_dataset
 
-from pipeline.dataset.pages import read_plain
+from pipeline.dataset.pages import PlainNumbers, plain_spans
 
 ROWS_ND = np.random.default_rng(0).standard_normal((700, 20)).astype(np.float32)
 
@@ -27,10 +27,26 @@ def written(rows: Any, kind: pa.DataType | None = None, **options: Any) -> bytes
     return file.getvalue()
 
 
-def read(data: bytes, count: int, group: int = 0) -> np.ndarray | None:
-    chunk = pq.read_metadata(io.BytesIO(data)).row_group(group).column(1)
+def read(data: bytes, count: int) -> np.ndarray | None:
+    chunk = pq.read_metadata(io.BytesIO(data)).row_group(0).column(1)
+    return read_chunk(data, chunk.data_page_offset, chunk.total_compressed_size, count)
+
+
+def read_chunk(data: bytes, start: int, num_bytes: int, count: int) -> np.ndarray | None:
+    """In two pieces, which meet within a page."""
+    spans = plain_spans(io.BytesIO(data), start, num_bytes, count)
+    if spans is None:
+        return None
+    numbers = PlainNumbers(io.BytesIO(data), start, spans)
     out = np.full(count, np.nan, np.float32)
-    return out if read_plain(io.BytesIO(data), chunk.data_page_offset, chunk.total_compressed_size, out) else None
+    try:
+        numbers.readinto(out[: count // 3])
+        numbers.readinto(out[count // 3 :])
+    except ValueError:
+        return None
+    with pytest.raises(ValueError, match="end early"):
+        numbers.readinto(np.empty(1, np.float32))
+    return out
 
 
 @pytest.mark.parametrize("width", [1, 20, 700, 14_000])
@@ -51,8 +67,8 @@ def test_partitions_are_of_that_kind_and_rounded_ones_are_not(tmp_path: Path) ->
         data = Path(file.removeprefix("file://")).read_bytes()
         group = pq.read_metadata(io.BytesIO(data)).row_group(1)
         chunk = group.column(group.num_columns - 1)
-        out = np.empty(300 * 20, np.float32)
-        assert read_plain(io.BytesIO(data), chunk.data_page_offset, chunk.total_compressed_size, out) == is_plain
+        found = read_chunk(data, chunk.data_page_offset, chunk.total_compressed_size, 300 * 20)
+        assert (found is not None) == is_plain
         assert np.array_equal(dataset.to_numpy(), rounded_ND)
 
 
@@ -93,6 +109,6 @@ def test_damage_is_refused_or_changes_only_numbers() -> None:
             found = read(bytes(damaged), 80)
             assert found is None or np.array_equal(found.reshape(4, 20), ROWS_ND[:4])
     for stop in range(start, end):
-        assert not read_plain(io.BytesIO(data[:stop]), start, end - start, np.empty(80, np.float32))
+        assert read_chunk(data[:stop], start, end - start, 80) is None
     for garbage in (b"\x1c" * 4096, b"\x15" + b"\xff" * 4096, bytes(4096)):
-        assert not read_plain(io.BytesIO(garbage), 0, len(garbage), np.empty(80, np.float32))
+        assert read_chunk(garbage, 0, len(garbage), 80) is None

@@ -85,7 +85,7 @@ def test_rows_and_scores_are_those_of_the_whole_product_however_it_is_cut(
     cuts = ((1000, 1 << 20, 1 << 20, 12), (7, 4 * 7 * 2, 1, 0), (64, 1, 24 * 8 * 3, 12), (64, 1 << 20, 1 << 20, 0))
     for block_rows, products, candidates, few in cuts:
         monkeypatch.setattr(topk, "FEW_QUERIES", few)
-        monkeypatch.setattr(topk, "ROW_GROUP_BYTES", block_rows * 24 * 4)
+        monkeypatch.setattr(topk, "ARRAY_BYTES", block_rows * 24 * 4)
         monkeypatch.setattr(topk, "PRODUCTS_BYTES", products)
         monkeypatch.setattr(topk, "CANDIDATES_BYTES", candidates)
         scores, rows = nearest_rows(rows_ND, queries_QD, 12, metric)

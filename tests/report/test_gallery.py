@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import crops, settings
+from names import NAMES, SHOWN
 from PIL import Image
 
 import pipeline
@@ -23,15 +24,6 @@ from pipeline.extract import pil
 from pipeline.report import gallery as galleries
 from pipeline.report.gallery import Section, gallery
 
-NAMES = [
-    "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "abc\u202egnp.exe", "a'b\"c&amp;{{7*7}}",
-    "</style>{% raw %}", "\u2066\u05e9\u05dc\u05d5\u05dd\u202e", "plain\x00\x1b[31mred", "javascript:alert(1)",
-]  # fmt: skip
-SHOWN = {
-    NAMES[2]: r"abc\u202egnp.exe",
-    NAMES[5]: "\\u2066\u05e9\u05dc\u05d5\u05dd\\u202e",
-    NAMES[6]: r"plain\x00\x1b[31mred",
-}
 IMAGES = crops(8, size=(320, 200))
 
 

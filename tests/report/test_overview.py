@@ -15,10 +15,10 @@ import pytest
 from browser import chromium, shown
 from conftest import crops, settings
 from datasets import write_dataset
+from names import NAMES, SHOWN
 from playwright.sync_api import Browser
 from quick import committed
 from sklearn.decomposition import PCA
-from test_gallery import NAMES, SHOWN
 from test_probe_section import CURVE, metrics
 
 from pipeline import reports
@@ -215,3 +215,18 @@ def test_a_sample_of_a_large_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert stretches.positions[[0, 1, -2, -1]].tolist() == [0, 1, 998, 999]
     page = overview.overview(dataset, stretches, Record(run={}), [], lambda image: image)
     assert "among the sample, since there are more rows than a page should read" in page
+
+
+def test_umap_keeps_what_is_near(tmp_path: Path) -> None:
+    """Three clouds that no two axes tell apart: in their plane the nearest of each point are of its cloud."""
+    random = np.random.default_rng(0)
+    centres = np.repeat(np.eye(3, 30, k=5, dtype=np.float32) * 4, 40, axis=0)
+    rows = np.concatenate([centres, np.zeros((120, 30), np.float32)], axis=1)
+    rows[:, 30:] = random.standard_normal((120, 1)) * 20  # most of the variance says nothing
+    rows += random.standard_normal(rows.shape).astype(np.float32) * 0.3
+    places = plane.neighbourhoods(rows[:, :30])
+    apart = np.linalg.norm(places[:, None] - places[None], axis=2) + np.eye(120) * 1e9
+    assert (apart.argmin(axis=1) // 40 == np.arange(120) // 40).all()
+    dataset = write_dataset(tmp_path / "out", rows, [number // 40 for number in range(120)])
+    reports.write(dataset, None, str(tmp_path / "page.html"), method="umap")
+    assert "embedding by UMAP, which keeps near rows near" in (tmp_path / "page.html").read_text()

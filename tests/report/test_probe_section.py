@@ -76,3 +76,11 @@ def test_a_class_without_test_rows_has_no_share(empty: list[dict[str, Any]]) -> 
     found = probe.section(metrics(2, []) | {"confusion": [[0, 0], [0, 0]], "per_class": empty})
     assert found["confused"] == [] and found["curve"] is None
     assert [cell for row in found["table"]["rows"] for cell in row["cells"]] == [(0, 0.0)] * 4
+
+
+def test_calibration_is_drawn_where_it_is_known() -> None:
+    few = metrics(3, CURVE)
+    assert probe.section(few)["reliability"] is None
+    bins = [{"confidence": share, "accuracy": share / 2, "num_test": 10} for share in (0.2, 0.5, 0.9)]
+    drawn = str(probe.section(few | {"reliability": bins})["reliability"])
+    assert drawn.count("stroke-dasharray") >= 1 and drawn.count('stroke="var(--c0)"') == 1

@@ -200,14 +200,14 @@ def _stream(dataset: Dataset, name: str, keys_file: BinaryIO, put: Callable[[Any
     columns = [column for column in KEY_COLUMNS if column in dataset.schema.names]
     width = dataset.nodes[name]
 
+    scratch_BD = np.empty((max(1, BATCH_BYTES // (4 * width)), width), np.float32)
+
     def keys() -> Iterator[pa.Table]:
-        for batch in dataset.iter_batches([*columns, name], _batch_size(dataset)):
-            values = batch.column(name).flatten().to_numpy(zero_copy_only=True)
-            if len(values) != batch.num_rows * width:
-                raise GuardError(f"{dataset.url}: column {name} has rows that do not hold {width} values")
-            put(values)
-            progress("written", batch.num_rows)
-            yield pa.Table.from_batches([batch.select(columns)])
+        for table, values in dataset.iter_values(name, columns):
+            for block_BD in values.blocks(itertools.repeat(scratch_BD)):
+                put(block_BD.reshape(-1))
+                progress("written", len(block_BD))
+            yield table
 
     schema = pa.schema([dataset.schema.field(column) for column in columns])
     num_rows = 0

@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # torch takes seconds to load, and reading or applying weight
 Features = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 """Ascending rows to their features (rows, D) float32."""
 
-LARGE = frozenset({"confusion", "curve", "per_class"})
+LARGE = frozenset({"confusion", "curve", "per_class", "reliability"})
 """Metrics that grow with the number of classes, or are only for drawing."""
 
 

@@ -1,6 +1,6 @@
 """How well a classifier does on rows that it has not seen: scores made from its probabilities.
 
-Legend: N rows, D features, K classes.
+Legend: N rows, D features, K classes, B bins of confidence.
 """
 
 from __future__ import annotations
@@ -51,7 +51,13 @@ def score(
     seen_K = np.flatnonzero(count_K)
     per_class = confusion_KK.diagonal()[seen_K] / count_K[seen_K]
     bins = np.minimum((confidence * NUM_BINS).astype(np.int64), NUM_BINS - 1)
-    gap = np.bincount(bins, right - confidence, NUM_BINS)  # accuracy minus confidence, times the number of rows in the bin
+    count_B, confidence_B, right_B = (np.bincount(bins, each, NUM_BINS) for each in (None, confidence, right))
+    seen_B = np.flatnonzero(count_B)
+    reliability = [
+        {"confidence": float(confidence_B[bin] / count_B[bin]), "accuracy": float(right_B[bin] / count_B[bin]),
+         "num_test": int(count_B[bin])}
+        for bin in seen_B
+    ]  # fmt: skip
     classes = [
         {"class": head.classes[row], "accuracy": float(share), "num_test": int(count_K[row])}
         for row, share in zip(seen_K.tolist(), per_class, strict=True)
@@ -62,7 +68,8 @@ def score(
         "per_class": classes,
         "worst_classes": sorted(classes, key=lambda each: each["accuracy"])[:TOP],
         "test_nll": float(-log_true.mean()),
-        "test_ece": float(np.abs(gap).sum() / len(test)),
+        "test_ece": float(np.abs(right_B - confidence_B).sum() / len(test)),
+        "reliability": reliability,
         "interval": interval(units_N[test], right, seed),
         "confusion": confusion_KK.tolist(),
     }
