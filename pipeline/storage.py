@@ -457,7 +457,9 @@ class _S3Multipart:
         self._place = {"Bucket": bucket, "Key": key}
         self._buffer = bytearray()
         self._parts: list[dict[str, Any]] = []
+        start = time.monotonic()
         self._place["UploadId"] = _retry(lambda: self._call("create_multipart_upload"), url)["UploadId"]
+        self._abort_lost(datetime.timedelta(seconds=time.monotonic() - start + 1))
 
     def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
         import fsspec.asyn
@@ -487,6 +489,23 @@ class _S3Multipart:
 
     def discard(self) -> None:
         self._call("abort_multipart_upload")
+
+    def _abort_lost(self, within: datetime.timedelta) -> None:
+        """End uploads of this object that were begun so shortly before this one: by requests whose answers were lost, and which
+        the layers below sent again without our knowing. Nobody would ever end them, and parts and all are paid for.
+        """
+        import fsspec
+
+        fs, bucket, key = self._fs, self._place["Bucket"], self._place["Key"]
+        # An upload goes on whatever becomes of these, and whoever may write it may not be allowed to list.
+        with contextlib.suppress(Exception):
+            page = fsspec.asyn.sync(fs.loop, fs._call_s3, "list_multipart_uploads", Bucket=bucket, Prefix=key)
+            begun = {each["UploadId"]: each["Initiated"] for each in page["Uploads"] if each["Key"] == key}
+            mine = begun.pop(self._place["UploadId"])
+            for upload, at in begun.items():
+                if mine - within <= at <= mine:
+                    place = {"Bucket": bucket, "Key": key, "UploadId": upload}
+                    fsspec.asyn.sync(fs.loop, fs._call_s3, "abort_multipart_upload", **place)
 
 
 def _list_any(fs: AbstractFileSystem, path: str, url: str) -> Iterator[tuple[str, dict[str, Any]]]:

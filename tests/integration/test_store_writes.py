@@ -9,7 +9,7 @@ import fsspec.asyn
 import numpy as np
 import pytest
 from bucket import Bucket
-from faults import FaultProxy, Request, Rule, drop, status
+from faults import FaultProxy, Request, Rule, drop, status, swallow
 from s3 import S3Server
 
 from pipeline import storage
@@ -27,13 +27,19 @@ def publish(store: Store, url: str, payload: bytes = PAYLOAD) -> None:
             file.write(payload[start : start + (1 << 20)])
 
 
+def uploads(bucket: Bucket) -> list[str]:
+    """Keys of the uploads that nobody has ended."""
+    page = fsspec.asyn.sync(bucket.fs.loop, bucket.fs._call_s3, "list_multipart_uploads", Bucket=bucket.name)
+    return [each["Key"] for each in page.get("Uploads", [])]
+
+
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "ONE_PUT_BYTES", PART_BYTES)
     monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
 
 
-@pytest.mark.parametrize(
+STEPS = pytest.mark.parametrize(
     "match",
     [
         lambda request: request.matches("POST", "?uploads"),
@@ -42,6 +48,9 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["start", "part", "completion"],
 )
+
+
+@STEPS
 def test_any_request_of_a_multipart_upload_is_tried_again(s3: S3Server, match: Callable[[Request], bool]) -> None:
     with FaultProxy(s3.endpoint_url) as proxy:
         bucket = Bucket(s3, proxy.endpoint_url)
@@ -50,6 +59,18 @@ def test_any_request_of_a_multipart_upload_is_tried_again(s3: S3Server, match: C
         assert [rule.num_applied for rule in rules] == [1, 1]
         assert bucket.fs.cat_file(f"{bucket.name}/large") == PAYLOAD
         assert proxy.count("PUT", "partNumber=3") == 1
+
+
+@STEPS
+def test_an_answer_that_was_lost_leaves_no_upload(s3: S3Server, match: Callable[[Request], bool]) -> None:
+    """The server has begun, taken or ended it, and is asked again."""
+    with FaultProxy(s3.endpoint_url) as proxy:
+        bucket = Bucket(s3, proxy.endpoint_url)
+        rule = proxy.add(Rule(match, swallow, times=1))
+        publish(Store(Storage(**bucket.storage)), f"s3://{bucket.name}/large")
+        assert rule.num_applied == 1
+        assert bucket.fs.cat_file(f"{bucket.name}/large") == PAYLOAD
+        assert uploads(bucket) == []
 
 
 def test_a_page_in_a_bucket_is_shown_by_browsers(s3: S3Server) -> None:
@@ -65,8 +86,7 @@ def test_a_writer_that_fails_leaves_no_upload(s3: S3Server) -> None:
         file.write(PAYLOAD)
         raise ZeroDivisionError
     assert bucket.fs.ls(bucket.name) == []
-    page = fsspec.asyn.sync(bucket.fs.loop, bucket.fs._call_s3, "list_multipart_uploads", Bucket=bucket.name)
-    assert not page.get("Uploads")
+    assert uploads(bucket) == []
 
 
 def test_parts_grow_where_there_would_be_too_many(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
