@@ -128,7 +128,10 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("report ~/out --version 9", "~/out: there is no version 9", "the newest is 0"),
     ("report ~/out --node large", "~/out: there is no embedding column 'large'", "it has "),
     ("embed ~/out ~/broken.jpg --version 3", "~/out: there is no version 3", "the newest is 0"),
+    ("browse ~/outt", f"~/outt: {NO_DATASET}", "did you mean out?"),
+    ("init ~/folder --to ~/new.yaml", "~/folder holds no images and no shards, only 1 .txt", "looked for .tar"),
     # what is looked for in it
+    ("browse ~/out --node embedding", "there is no embedding column 'embedding'", "it has raw, unit"),
     ("probe ~/out --labels ~/labels.csv", "labels.csv has no column 'key'", "it has name, label"),
     ("predict ~/out", "~/out: there is no saved probe", "`pipeline probe` trains one"),
     ("search ~/out --key 1", "version 0 has no key '1'", "its keys are such as '00000'"),
@@ -141,6 +144,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("embed ~/out ~/broken.jgp", "~/broken.jgp: there is no such file", "did you mean broken.jpg?"),
     ("embed ~/out ~/folder", "~/folder: there is no image here", "no name ends in bmp, "),
     # where something is to be written
+    ("init ~/shards --to ~/config.yaml", "~/config.yaml is there already", "--overwrite replaces it"),
     ("export ~/out --to npy ~/file", "~/file: exists already", "--overwrite replaces it"),
     ("export ~/out --to npy ~/empty", "~/empty: is a folder", "name a file"),
     ("export ~/out --to parquet ~/out/sorted", "~/out/sorted: lies in the dataset", "name another place"),
