@@ -50,7 +50,7 @@ class Saboteur:
         if cause == "exception":
             raise ZeroDivisionError
         if cause == "memory":
-            np.ones(MEMORY_LIMIT_BYTES + (16 << 20), np.uint8)
+            np.ones(MEMORY_LIMIT_BYTES + (128 << 20), np.uint8)  # some of it may be memory that was freed before
         if cause == "crash":
             os.kill(os.getpid(), signal.SIGSEGV)
         if cause == "hang":
