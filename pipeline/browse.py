@@ -138,7 +138,7 @@ class Browser:
                 Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False),
                 Middleware(BaseHTTPMiddleware, dispatch=_guard(token)),
             ],
-            exception_handlers={PipelineError: self._failed, HTTPException: self._failed},  # type: ignore[dict-item]
+            exception_handlers={PipelineError: self._failed, HTTPException: self._failed},
         )
 
     # Pages
@@ -159,7 +159,7 @@ class Browser:
         shown_M = chosen_M if positions_M is None else positions_M[chosen_M]
         more = urlencode({**({"where": where} if where else {}), "seed": random.integers(1 << 30)})
         text = f"{len(shown_M):,} of {count:,} rows{' with ' + where if where else ''}, at random."
-        return self._page("Rows", text, self._tiles(shown_M), where, more=f"/?{more}" if count > SHOWN else "")
+        return self._html("Rows", text=text, tiles=self._tiles(shown_M), where=where, more=f"/?{more}" if count > SHOWN else "")
 
     def row(self, request: Request) -> Response:
         """The rows nearest to one of the dataset."""
@@ -228,7 +228,7 @@ class Browser:
             (answer,) = searches.answers(self._dataset, [query], SHOWN, node=self._node, where=self._condition(where))
         text = f"The rows nearest to this {kind} among {len(self._dataset):,}{', with ' + where if where else ''}, "
         text += f"by the cosine of {self._node}; found in {time.monotonic() - start:.2f} s."
-        return self._page("Nearest neighbours", text, self._found(answer), where, query=tile, kind=kind)
+        return self._html("Nearest neighbours", text=text, tiles=self._found(answer), where=where, query=tile, kind=kind)
 
     def _found(self, answer: Answer) -> list[tuple[Tile, str]]:
         label = answer.query.row.get("label") if answer.query.row is not None else None
@@ -295,9 +295,6 @@ class Browser:
             self._labels = [label for label, _ in found.most_common(MAX_LABELS)]
         return self._labels
 
-    def _page(self, title: str, text: str, tiles: Sequence[tuple[Tile, str]], where: str, **more: Any) -> Response:
-        return self._html(title, text=text, tiles=tiles, where=where, **more)
-
     def _html(self, title: str, status: int = 200, **values: Any) -> Response:
         dataset = self._dataset
         page = render(
@@ -311,14 +308,13 @@ class Browser:
         )
         return HTMLResponse(page.encode("utf-8", "backslashreplace"), status)
 
-    def _failed(self, request: Request, error: PipelineError | HTTPException) -> Response:
+    def _failed(self, request: Request, error: Exception) -> Response:
         """What went wrong, for a person."""
         if isinstance(error, HTTPException):
             status, text = error.status_code, error.detail
         else:
-            status, text = 404 if isinstance(error, DatasetError) else 400, str(error)
-            if not isinstance(error, (ConfigError, DatasetError, SampleError)):
-                status = 502
+            kinds = {DatasetError: 404, ConfigError: 400, SampleError: 400}
+            status, text = next((code for kind, code in kinds.items() if isinstance(error, kind)), 502), str(error)
         where = request.query_params.get("where", "")
         return self._html("That did not work", status, text=text, where=where)
 

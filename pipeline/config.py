@@ -129,9 +129,9 @@ class Source(Section):
     @field_validator("format")
     @classmethod
     def _known_format(cls, name: str) -> str:
-        allowed = ["auto", *FORMATS, *plugins.names(plugins.SOURCES)]
-        if name not in allowed:
-            raise ValueError(f"allowed: {', '.join(allowed)}")
+        known = ("auto", *FORMATS)  # looking for what packages add takes the listing of them all
+        if name not in known and name not in (added := plugins.names(plugins.SOURCES)):
+            raise ValueError(f"allowed: {', '.join([*known, *added])}")
         return name
 
     @field_validator("columns")
@@ -201,7 +201,7 @@ class Backbone(Section):
     @classmethod
     def _provider(cls, model: str) -> str:
         provider, _, name = model.partition("/")
-        added = plugins.names(plugins.BACKBONES)
+        added = plugins.names(plugins.BACKBONES) if provider not in PROVIDERS or not name else []
         if provider not in {*PROVIDERS, *added} or not name:
             more = "".join(f", {each}/NAME" for each in added)
             raise ValueError(f"allowed are torchvision/NAME, timm/NAME, python/module:function{more}")

@@ -22,7 +22,8 @@ def init(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Images: a folder, a file or a glob, at any URL.")],
     to: Annotated[str, typer.Option(metavar="FILE", help="Where to write the config.")] = "config.yaml",
     output: Annotated[
-        str | None, typer.Option(metavar="URL", help="Where the dataset is to lie; beside the source's name.")
+        str | None,
+        typer.Option(metavar="URL", help="Where the dataset is to lie; `data/` and the source's name when left out."),
     ] = None,
     label: Annotated[str | None, typer.Option(metavar="NAME", help="The label; looked for when left out.")] = None,
     model: Annotated[str, typer.Option(metavar="PROVIDER/NAME", help="The frozen model.")] = "torchvision/resnet50",
@@ -90,10 +91,10 @@ def _config(found: Inspected, output: str, model: str, weights: str, node: str) 
 
     given = found.source.model_dump(mode="json", exclude_defaults=True)
     storage = given.pop("storage", {})
+    endpoint = storage.get("endpoint_url")
+    reached = ["  storage:", f"  {line('endpoint_url', endpoint)}"] if endpoint else []
     lines = ["# What every field means: `pipeline schema`. What a run would do: `pipeline plan` with this file.", "source:"]
-    lines += [line(name, value) for name, value in given.items()]
-    if storage.get("endpoint_url"):
-        lines += ["  storage:", f"  {line('endpoint_url', storage['endpoint_url'])}"]
+    lines += [*(line(name, value) for name, value in given.items()), *reached]
     lines += ["backbone:", line("model", model), line("weights", weights), "  nodes:"]
     lines += [f"  {line('embedding', {'node': node, 'normalize': 'l2'}, '    # l2: inner product becomes cosine similarity')}"]
     if found.width and found.height:
@@ -102,9 +103,7 @@ def _config(found: Inspected, output: str, model: str, weights: str, node: str) 
         lines.append(
             f"decode: {'fast' if is_large else 'exact'}    {why}" + (": exact takes twice as long" if is_large else "")
         )
-    lines += ["output:", line("url", output)]
-    if storage.get("endpoint_url"):
-        lines += ["  storage:", f"  {line('endpoint_url', storage['endpoint_url'])}"]
+    lines += ["output:", line("url", output), *reached]
     lines += ["run:", "  batch_size: auto    # measured on the first batches"]
     if found.source.label is not None:
         lines += ["probe:    # a linear classifier on the embeddings, to see what they are good for", "  label: label"]

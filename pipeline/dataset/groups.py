@@ -196,6 +196,8 @@ class Values:
     def take(self, rows_M: NDArray[np.int64]) -> NDArray[np.float32]:
         """Single rows (M, D) float32."""
         found_MD = np.empty((len(rows_M), self._width), np.float32)
+        if not len(rows_M):
+            return found_MD
         with self._opened() as plain:
             if plain is None:
                 return self._decoded()[rows_M]

@@ -17,7 +17,6 @@ files included. The goal: the page of a search in below 2 s, cold or warm. Linux
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import signal
@@ -32,8 +31,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from export import CACHES, MB
-from memory import RESULTS, ROOT, circumstances, save
+from export import CACHES, MB, parsed
+from memory import ROOT, circumstances, save
 from report import make
 
 from pipeline.browse import cookie_of
@@ -69,15 +68,7 @@ class Client:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the pages of `pipeline browse`.")
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, the table on stderr")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parsed("Measure the pages of `pipeline browse`.")
     if arguments.child:
         make(arguments.child, arguments.rows, arguments.dim)
         return

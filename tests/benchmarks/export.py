@@ -39,8 +39,9 @@ ROWS_PER_SHARD = 10_000
 MB = 1e6
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure exports against cp.")
+def parsed(description: str) -> argparse.Namespace:
+    """The arguments of a command that measures on a large dataset, which a child of it makes."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
@@ -48,7 +49,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, the table on stderr")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parsed("Measure exports against cp.")
     if arguments.child:
         make(arguments.child, arguments.rows, arguments.dim)
         return

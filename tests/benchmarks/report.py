@@ -13,7 +13,6 @@ The goal, for the large one: below 10 MB, 60 s and 2 GB in every run. Linux only
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -26,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from export import CACHES, MB
-from memory import RESULTS, ROOT, circumstances, save
+from export import CACHES, MB, parsed
+from memory import ROOT, circumstances, save
 
 GOAL = {"page_bytes": 10e6, "seconds": 60, "peak_bytes": 2e9}
 ROWS_PER_SHARD = 10_000
@@ -35,15 +34,7 @@ NUM_PICTURES, NUM_LABELS = 200, 1000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the page of a large dataset.")
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, the table on stderr")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parsed("Measure the page of a large dataset.")
     if arguments.child:
         make(arguments.child, arguments.rows, arguments.dim)
         return
