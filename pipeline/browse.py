@@ -42,6 +42,7 @@ from pipeline.errors import ConfigError, DatasetError, PipelineError, SampleErro
 from pipeline.imports import importing
 from pipeline.report import facts
 from pipeline.report.page import Decode, Thumbnail, Tile, render, short
+from pipeline.report.pictures import Pictures
 
 if TYPE_CHECKING:
     from pipeline.extract.embedder import Embedder
@@ -198,12 +199,14 @@ class Browser:
     def quarantine(self, request: Request) -> Response:
         """What could not be embedded."""
         rows = self._dataset.quarantine()
+        with self._decoding:
+            kinds = facts.quarantine(rows, Pictures(self._dataset, self._decode))
         named = [
             {"key": short(row.key), "shard": short(row.shard.rpartition("/")[2]), "stage": row.stage, "error": row.error,
              "message": short(row.message)}
             for row in rows[:MAX_QUARANTINED]
         ]  # fmt: skip
-        return self._html("Quarantine", quarantine=facts.quarantine(rows), named=named, num_all=len(rows))
+        return self._html("Quarantine", quarantine=kinds, named=named, num_all=len(rows))
 
     def picture(self, request: Request) -> Response:
         """The small picture of a row."""

@@ -22,7 +22,7 @@ from pipeline.analysis.curate import CROWDED, THRESHOLD
 from pipeline.dataset.diff import diff
 from pipeline.dataset.read import Dataset
 from pipeline.dataset.table import Table
-from pipeline.errors import ConfigError, DatasetError, GuardError, StorageError
+from pipeline.errors import ConfigError, DatasetError, GuardError, SampleError, StorageError
 from pipeline.report import sample as samples
 from pipeline.report.comparison import Side, comparison
 from pipeline.report.overview import Finding, Record, Strip, map_page, overview
@@ -143,16 +143,26 @@ def plot_map(dataset: Dataset, node: str | None = None, *, method: Method = "pca
 
 
 def decode(image: bytes) -> Image:
-    """An encoded image for a page, as RGB.
+    """An encoded image for a page, as RGB; of a damaged JPEG what it still shows.
 
     Raises:
-        SampleError: there is no picture in it.
+        SampleError: there is no picture in it, or more of it than anyone writes.
     """
-    from pipeline.extract import pil
+    from PIL import Image
+
+    from pipeline.extract import jpeg, pil
 
     max_pixels: int = config.Source.model_fields["max_pixels"].default
     pil.allow(max_pixels)
-    return pil.picture(image, max_pixels)
+    is_jpeg = image[:3] == b"\xff\xd8\xff"
+    if is_jpeg:
+        jpeg.check_scans(image, jpeg.read_header(image))
+    try:
+        return pil.picture(image, max_pixels)
+    except SampleError as error:
+        if not is_jpeg or error.error not in {"Truncated", "Corrupt"} or (pixels_HWC := jpeg.remains(image)) is None:
+            raise
+        return Image.fromarray(pixels_HWC)
 
 
 def _record(dataset: Dataset, run_id: str | None, *, whole: bool = True) -> Record:

@@ -76,6 +76,12 @@ class Quarantined:
     error: str
     """Short name of the kind of failure, to count by."""
     message: str
+    url: str | None = None
+    """The object that holds it; None, like the fields below, in partitions of earlier programs."""
+    nbytes: int | None = None
+    """Of the encoded image, where they are contiguous."""
+    content_hash: str | None = None
+    """Of the encoded image; None where none could be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -144,6 +144,15 @@ def strict(encoded: bytes | memoryview, colorspace: str, arguments: dict[str, An
     raise SampleError("decode", "Truncated" if "Premature end" in message else "Corrupt", f"damaged JPEG: {message}")
 
 
+def remains(encoded: bytes | memoryview) -> NDArray[np.uint8] | None:
+    """What a damaged JPEG still shows, (H, W, 3) RGB, for a person to look at; None where that is nothing."""
+    try:
+        pixels_HWC: NDArray[np.uint8] = simplejpeg.decode_jpeg(encoded, "RGB", strict=False)
+        return pixels_HWC
+    except ValueError:
+        return None
+
+
 def _is_padding(message: str, data: bytes) -> bool:
     """Whether libjpeg-turbo complains only of zeros before the end marker.
 

@@ -36,7 +36,6 @@ from pipeline.extract.isolated import IsolatedDecoder
 from pipeline.extract.rows import Home, Row
 from pipeline.extract.tune import Tuner, Way
 from pipeline.metrics import Stages
-from pipeline.source import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -178,10 +177,11 @@ class Lanes:
         known = [rows for rows in (chunk.home.known, self._known) if len(rows)]
         for row in chunk.rows:
             sample = row.sample
+            if sample.error is None or len(sample.image):
+                row.content_hash = hashlib.sha256(sample.image).hexdigest()[:32]
             if sample.error is not None:
-                self._refuse(row.home, sample, sample.error)
+                self._refuse(row, sample.error)
                 continue
-            row.content_hash = hashlib.sha256(sample.image).hexdigest()[:32]
             place = next((found for rows in known if (found := rows.find(row.content_hash))), None) if known else None
             if place is None:
                 unknown.append(row)
@@ -203,7 +203,7 @@ class Lanes:
             except WorldError:
                 raise
             except Exception as error:  # the failure budget bounds what this hides
-                self._refuse(row.home, row.sample, SampleError.of(error))
+                self._refuse(row, SampleError.of(error))
             row.sample.image = b""
         self._decoding.pop(thread, None)
 
@@ -275,7 +275,7 @@ class Lanes:
                 row.embeddings = {column: values_BD[slot] for column, values_BD in outputs.items()}
                 row.home.add(row)
             else:
-                row.home.refuse(row.sample, refusal)
+                row.home.refuse(row, refusal)
             touched[row.home] = None
         self._batches.free(batch)
         for home in touched:
@@ -285,10 +285,10 @@ class Lanes:
         row.home.add(row)
         row.home.flush()
 
-    def _refuse(self, home: Home, sample: Sample, error: SampleError) -> None:
+    def _refuse(self, row: Row, error: SampleError) -> None:
         def refused() -> None:
-            home.refuse(sample, error)
-            home.flush()
+            row.home.refuse(row, error)
+            row.home.flush()
 
-        sample.image = b""
+        row.sample.image = b""
         self._results.put(refused)

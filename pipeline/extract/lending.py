@@ -127,7 +127,7 @@ def _settled(rows: Sequence[Row], answer: Answer) -> None:
     touched: dict[Home, None] = {}
     for position, row in enumerate(rows):
         if position in answer.errors:
-            row.home.refuse(row.sample, SampleError(*answer.errors[position]))
+            row.home.refuse(row, SampleError(*answer.errors[position]))
         else:
             row.width, row.height = answer.sizes_N2[position].tolist()
             # Copied, or the whole answer would stay in the object store while one of its rows is open.
@@ -166,9 +166,9 @@ class Borrowed:
         """See `Home`."""
         self._rows[row.sample.index] = row
 
-    def refuse(self, sample: Sample, error: SampleError) -> None:
+    def refuse(self, row: Row, error: SampleError) -> None:
         """See `Home`."""
-        self._errors[sample.index] = (error.stage, error.error, error.message)
+        self._errors[row.sample.index] = (error.stage, error.error, error.message)
 
     def flush(self) -> None:
         """See `Home`."""

@@ -49,8 +49,8 @@ class Home(Protocol):
         """Take a row that has its embeddings, or the place where they lie; the first one of a sample counts."""
         ...
 
-    def refuse(self, sample: Sample, error: SampleError) -> None:
-        """Take note that there is no row, unless there is one."""
+    def refuse(self, row: Row, error: SampleError) -> None:
+        """Take note that a sample has no row, unless it has one."""
         ...
 
     def flush(self) -> None:
@@ -119,14 +119,15 @@ class OpenShard:
             self.rows[row.sample.index] = row
             self.num_carried_over += row.place is not None
 
-    def refuse(self, sample: Sample, error: SampleError) -> None:
+    def refuse(self, row: Row, error: SampleError) -> None:
         """See `Home`."""
-        if self.wants(sample):
+        if self.wants(sample := row.sample):
             self.rows[sample.index] = None
             self.quarantine.append(
                 Quarantined(
                     key=sample.key, shard=self.shard.url, index=sample.index, offset=sample.offset,
                     stage=error.stage, error=error.error, message=error.message[:500],
+                    url=sample.url, nbytes=sample.nbytes, content_hash=row.content_hash or None,
                 )
             )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,12 +13,15 @@ from pipeline.dataset.partition import Quarantined
 from pipeline.dataset.read import Dataset
 from pipeline.report import charts
 from pipeline.report.page import short
+from pipeline.report.pictures import SMALL_SIDE, Pictures
 from pipeline.report.terminal import duration, size
 
 MAX_LISTED = 20
 """Of what may be any number of things: shards, kinds of failure."""
 MAX_KEYS = 3
 """Of each kind of failure."""
+NEVER_SHOWN = frozenset({"Hung", "Crashed"})
+"""Kinds of failure whose images are not decoded once more for a page."""
 
 Pairs = list[tuple[str, str]]
 
@@ -119,24 +123,34 @@ def failed(run: Mapping[str, Any]) -> tuple[int, Pairs]:
     return len(shards), [(short(shard), short(why)) for shard, why in list(shards.items())[:MAX_LISTED]]
 
 
-def quarantine(rows: Sequence[Quarantined]) -> dict[str, Any] | None:
-    """Samples that could not be embedded by stage and kind, the most frequent first; None where there are none."""
+def quarantine(rows: Sequence[Quarantined], pictures: Pictures) -> dict[str, Any] | None:
+    """Samples that could not be embedded by stage and kind, the most frequent first, with the pictures that there are of the
+    first of each kind; None where there are none.
+    """
     kinds: dict[tuple[str, str], list[Quarantined]] = {}
     for row in rows:
         kinds.setdefault((row.stage, row.error), []).append(row)
     if not kinds:
         return None
     ordered = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
+    first = {kind: [dataclasses.asdict(row) for row in found[:MAX_KEYS]] for kind, found in ordered[:MAX_LISTED]}
+    wanted = [row for (_, error), examples in first.items() if error not in NEVER_SHOWN for row in examples]
+    pictures.load([row for row in wanted if row["content_hash"] is not None], SMALL_SIDE)
     shown = [
         {
             "stage": stage,
             "error": error,
-            "count": len(found),
+            "count": len(kinds[stage, error]),
             "examples": [
-                {"key": short(row.key), "shard": short(row.shard.rpartition("/")[2]), "message": short(row.message)}
-                for row in found[:MAX_KEYS]
+                {
+                    "key": short(row["key"]),
+                    "shard": short(row["shard"].rpartition("/")[2]),
+                    "message": short(row["message"]),
+                    "thumbnail": pictures.picture(row),
+                }
+                for row in examples
             ],
         }
-        for (stage, error), found in ordered[:MAX_LISTED]
+        for (stage, error), examples in first.items()
     ]
     return {"total": len(rows), "kinds": shown, "num_more": max(0, len(ordered) - MAX_LISTED)}

@@ -97,7 +97,7 @@ def overview(
         changes=facts.changes(record.run, record.diff),
         num_failed=num_failed,
         failed=failed,
-        quarantine=facts.quarantine(dataset.quarantine()),
+        quarantine=facts.quarantine(dataset.quarantine(), pictures),
         map=plane.draw(sample, pictures, method) if len(sample.rows) > 1 else None,
         findings=[
             {"title": finding.title, "text": finding.text, "strips": [tiles(strip, pictures) for strip in finding.strips]}

@@ -30,7 +30,7 @@ class Pictures:
         self._dataset, self._decode = dataset, decode
         self._deadline = time.monotonic() + MAX_SECONDS
         self._bytes_left = MAX_BYTES
-        self._made: dict[tuple[str, str], Thumbnail] = {}
+        self._made: dict[tuple[str, int], Thumbnail] = {}
 
     def load(self, rows: Sequence[Mapping[str, Any]], side: int | None = None) -> None:
         """Make the pictures of these rows that there are not yet, in this order."""
@@ -54,11 +54,11 @@ class Pictures:
             more=tuple((name, short(value, MAX_TEXT)) for name, value in more),
         )
 
-    def has(self, row: Mapping[str, Any]) -> bool:
-        """Whether there is a picture of this row."""
+    def picture(self, row: Mapping[str, Any]) -> Thumbnail | None:
+        """The picture of this row, if there is one."""
         found = self._made.get(_place(row))
-        return found is not None and bool(found.uri)
+        return found if found is not None and found.uri else None
 
 
-def _place(row: Mapping[str, Any]) -> tuple[str, str]:
-    return row["shard"], row["key"]
+def _place(row: Mapping[str, Any]) -> tuple[str, int]:
+    return row["shard"], row["index"]  # a key may come twice, once in quarantine

@@ -125,7 +125,9 @@ def _spots(sample: Sample, unit_M2: NDArray[np.float64], pictures: Pictures) -> 
     """Points with a picture, at equal distances in the sample."""
     chosen = np.unique(np.linspace(0, len(sample.rows) - 1, min(MAX_SPOTS, len(sample.rows))).round().astype(np.int64))
     pictures.load([sample.rows[row] for row in chosen], SMALL_SIDE)
-    return [_spot(unit_M2[row], pictures.tile(sample.rows[row])) for row in chosen.tolist() if pictures.has(sample.rows[row])]
+    return [
+        _spot(unit_M2[row], pictures.tile(sample.rows[row])) for row in chosen.tolist() if pictures.picture(sample.rows[row])
+    ]
 
 
 def plane(features_MD: NDArray[np.float32]) -> tuple[NDArray[np.float64], list[float]]:

@@ -1,7 +1,7 @@
 """The probe against scikit-learn's LogisticRegressionCV, on the same features and split. A command of its own.
 
     python tests/benchmarks/probe.py --work DIR [--data digits fashion-mnist] [--values 45] [--max-iter 1000] [--repeats 5]
-                                     [--threads 1]
+                                     [--threads 1] [--folds] [--sweep]
 
 Ours is the whole of `pipeline.analysis.probe.fit` as `pipeline probe` calls it: labels, split, normalisation, the sweep over C,
 refit, all scores with their bootstrap, and the nearest neighbours. `zscore` has that one normalisation, `three` chooses between
@@ -12,10 +12,12 @@ all of them. Theirs is StandardScaler, with the mean and deviation of train, and
 
 on train and validation together, which chooses C on validation and refits with it; then one `score` on test. It goes up the
 values of C from solution to solution, as ours does. `--values N`: theirs gets so many of the 45, evenly spread, which only
-saves it time. `--folds` adds scikit-learn with the same values and cv=None, its default: 5 folds of train and validation. Both
-sides get float32 features and `--threads` threads; each run is a fresh process, one side after the other and then again, where
-it is drawn with another seed for the split. Imports and loading features are in no time. Fits of theirs that stopped at
-`--max-iter` are counted.
+saves it time. `--folds` adds scikit-learn with the same values and cv=None, its default: 5 folds of train and validation.
+`--sweep` adds the sweep alone: every value of C fitted on train and scored on validation, and the best of them on test, without
+a refit; ours in one solve, `45 fits` a loop over LogisticRegression(C=value, max_iter=1000), each from zero. All sides get
+float32 features and `--threads` threads; each run is a fresh process, one side after the other and then again, where it is
+drawn with another seed for the split. Imports and loading features are in no time. Fits of theirs that stopped at `--max-iter`
+are counted.
 
 `seconds` are by the clock, `cpu_s` of all threads together: where others use the machine, look at these, with one thread.
 Ours without the nearest neighbours, which theirs does not have, is what the ratios are of; `with_knn` is the whole.
@@ -59,6 +61,7 @@ NUM_CLASSES = 10
 PART = (300, 225)
 GOAL = {"points": -0.2, "ratio": 10}
 OURS, THEIRS, FOLDS = ("zscore", "three"), "scikit-learn", "5 folds"
+SWEEP, FITS = "sweep", "45 fits"
 DATA = ("digits", "fashion-mnist", "easy", "hard", "photographs")
 NODES = {
     "embedding": {"node": "_avg_pooling", "normalize": "l2"},
@@ -82,6 +85,7 @@ def main() -> None:
     parser.add_argument("--max-iter", type=int, default=1000, help="for scikit-learn")
     parser.add_argument("--threads", type=int, help="of both sides; all cores when left out")
     parser.add_argument("--folds", action="store_true", help="scikit-learn with its own folds too")
+    parser.add_argument("--sweep", action="store_true", help="the sweep alone too")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--dim", type=int, default=1280, help="of the synthetic features")
@@ -99,13 +103,14 @@ def main() -> None:
     for name in arguments.data:
         if not (path := features_file(arguments.work, name)).exists():
             np.savez(path, **make(name, arguments))
-        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in (*OURS, THEIRS, *([FOLDS] if arguments.folds else []))}
+        more = [*([FOLDS] if arguments.folds else []), *([SWEEP, FITS] if arguments.sweep else [])]
+        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in (*OURS, THEIRS, *more)}
         for seed in range(arguments.repeats):
             for side, found in runs.items():
                 found.append(child(f"{name}:{side}:{seed}", arguments))
                 print(shown(name, side, found[-1]), file=out, flush=True)
         line = compare(name, runs)
-        for side in OURS:
+        for side in [each for each in (*OURS, SWEEP) if each in line]:
             ratios = ", ".join(f"{what} {line[side][what]:.1f}" for what in RATIOS if what in line[side])
             print(f"{name:<14} {side:<13} {ratios}; {line[side]['points']:+.2f} points", file=out, flush=True)
         checks = ["seeds", "shuffled", *(["nodes"] if name in PIXELS else [])]
@@ -155,13 +160,14 @@ def compare(name: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             "test_accuracies": [run["test_accuracy"] for run in found],
             "chosen": [[run.get("normalize", "zscore"), run["C"]] for run in found],
         }
-    for side in OURS:
-        line[side]["ratio"] = line[THEIRS]["seconds"] / line[side]["seconds"]
-        line[side]["cpu_ratio"] = line[THEIRS]["cpu_s"] / line[side]["cpu_s"]
-        line[side]["ratio_with_knn"] = line[THEIRS]["seconds"] / (line[side]["seconds"] + line[side]["knn_s"])
-        if FOLDS in line:
+    for side, other in ((side, FITS if side == SWEEP else THEIRS) for side in (*OURS, SWEEP) if side in line):
+        line[side]["ratio"] = line[other]["seconds"] / line[side]["seconds"]
+        line[side]["cpu_ratio"] = line[other]["cpu_s"] / line[side]["cpu_s"]
+        line[side]["points"] = 100 * (line[side]["test_accuracy"] - line[other]["test_accuracy"])
+        if "knn_s" in line[side]:
+            line[side]["ratio_with_knn"] = line[other]["seconds"] / (line[side]["seconds"] + line[side]["knn_s"])
+        if FOLDS in line and side != SWEEP:
             line[side]["ratio_of_folds"] = line[FOLDS]["seconds"] / line[side]["seconds"]
-        line[side]["points"] = 100 * (line[side]["test_accuracy"] - line[THEIRS]["test_accuracy"])
     return line
 
 
@@ -275,6 +281,8 @@ def measured(what: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "three": lambda: ours(data),
         THEIRS: lambda: theirs(data, arguments.values, arguments.max_iter),
         FOLDS: lambda: theirs(data, arguments.values, arguments.max_iter, folds=True),
+        SWEEP: lambda: our_sweep(data),
+        FITS: lambda: their_sweep(data, arguments.values, arguments.max_iter),
         "seeds": lambda: seeds(data),
         "shuffled": lambda: shuffled(data),
         "nodes": lambda: nodes(arguments.work, name, data),
@@ -325,10 +333,8 @@ def theirs(data: Arrays, num_values: int, max_iter: int, *, folds: bool = False)
     from sklearn.model_selection import PredefinedSplit
     from sklearn.preprocessing import StandardScaler
 
-    from pipeline.analysis.probe.logistic import VALUES_OF_C
-
     warnings.simplefilter("ignore", ConvergenceWarning)  # counted instead
-    values = VALUES_OF_C[np.linspace(0, len(VALUES_OF_C) - 1, num_values).round().astype(int)]
+    values = values_of_C(num_values)
     features_ND, labels_N, part_N = data["features"], data["labels"], data["part"]
     both, test = np.flatnonzero(np.isin(part_N, PARTS[:2])), np.flatnonzero(part_N == "test")
     clock = Clock()
@@ -354,6 +360,60 @@ def theirs(data: Arrays, num_values: int, max_iter: int, *, folds: bool = False)
         "test_accuracy": accuracy,
         "num_values": num_values,
         "num_stopped": int((np.ravel(classifier.n_iter_) >= max_iter).sum()),
+    }
+
+
+def values_of_C(num_values: int) -> NDArray[np.float64]:
+    from pipeline.analysis.probe.logistic import VALUES_OF_C
+
+    return VALUES_OF_C[np.linspace(0, len(VALUES_OF_C) - 1, num_values).round().astype(int)]
+
+
+def our_sweep(data: Arrays) -> dict[str, Any]:
+    import torch  # noqa: F401  see `ours`
+
+    from pipeline.analysis import probe
+
+    train, validation, test = (np.flatnonzero(data["part"] == part) for part in PARTS)
+    clock = Clock()
+    task = probe._Task(data["features"], data["labels"], NUM_CLASSES, "cpu")
+    _, chosen = task.sweep({"node": "", "normalize": "zscore"}, train, validation)
+    seconds, cpu_s = clock.read()
+    weight_KD, bias_K = chosen.axes.fold(chosen.head_KP)
+    predicted = (data["features"][test] @ weight_KD.T + bias_K).argmax(axis=1)
+    return {
+        "seconds": seconds,
+        "cpu_s": cpu_s,
+        "C": chosen.point["C"],
+        "validation_accuracy": chosen.point["validation_accuracy"],
+        "test_accuracy": float((predicted == data["labels"][test]).mean()),
+    }
+
+
+def their_sweep(data: Arrays, num_values: int, max_iter: int) -> dict[str, Any]:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    warnings.simplefilter("ignore", ConvergenceWarning)  # counted instead
+    features_ND, labels_N, part_N = data["features"], data["labels"], data["part"]
+    clock = Clock()
+    scaler = StandardScaler().fit(features_ND[part_N == "train"])
+    scaled = {part: scaler.transform(features_ND[part_N == part]) for part in PARTS[:2]}
+    fits = []
+    for value in values_of_C(num_values):
+        classifier = LogisticRegression(C=value, max_iter=max_iter).fit(scaled["train"], labels_N[part_N == "train"])
+        fits.append((classifier.score(scaled["validation"], labels_N[part_N == "validation"]), classifier))
+    seconds, cpu_s = clock.read()
+    accuracy, best = max(fits, key=lambda fit: fit[0])
+    return {
+        "seconds": seconds,
+        "cpu_s": cpu_s,
+        "C": float(best.C),
+        "validation_accuracy": float(accuracy),
+        "test_accuracy": float(best.score(scaler.transform(features_ND[part_N == "test"]), labels_N[part_N == "test"])),
+        "num_values": num_values,
+        "num_stopped": sum(int(classifier.n_iter_.max()) >= max_iter for _, classifier in fits),
     }
 
 

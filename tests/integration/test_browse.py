@@ -46,11 +46,11 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """60 plain rows, eight with names that mean no good, and one image that cannot be decoded."""
+    """60 plain rows, eight with names that mean no good, and two images that cannot be decoded."""
     folder = tmp_path_factory.mktemp("browse")
-    names = [*NAMES, *PLAIN, "broken <b>"]
-    classes = [*NAMES[::-1], *(f"class {number % 3}" for number in range(60)), "x"]
-    table = pa.table({"image": [*IMAGES, b"none"], "name": names, "class": classes, "size": list(range(69))})
+    names = [*NAMES, *PLAIN, "broken <b>", "cut"]
+    classes = [*NAMES[::-1], *(f"class {number % 3}" for number in range(60)), "x", "x"]
+    table = pa.table({"image": [*IMAGES, b"none", IMAGES[0][:-2000]], "name": names, "class": classes, "size": list(range(70))})
     pq.write_table(table, folder / "a.parquet", compression="none")
     columns = {"source__image": "image", "source__key": "name", "source__label": "class", "source__columns": ["size"]}
     committed(settings(folder / "a.parquet", folder / "out", **columns))
@@ -150,6 +150,9 @@ def test_quarantine_and_names_as_text(page: Page, served: Served) -> None:
     page.get_by_role("link", name="Quarantine").click()
     assert "broken <b>" in page.locator("main").inner_text()
     assert "decode NotAnImage 1" in " ".join(page.locator("main").inner_text().split())
+    assert page.locator(".example", has_text="cut").locator("img").count() == 1
+    assert page.locator(".example img").count() == 1
+    assert all_pictures_are_there(page)
     page.goto(served.origin + "/?where=size<8")
     assert sorted(keys(page)) == sorted(SHOWN.get(name, name) for name in NAMES)
     tags = set(page.evaluate("[...document.querySelectorAll('*')].map(each => each.localName)"))

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from browser import chromium, shown
-from conftest import crops, settings
+from conftest import crops, settings, tar_bytes
 from datasets import write_dataset
 from names import NAMES, SHOWN
 from playwright.sync_api import Browser
@@ -29,6 +29,17 @@ from pipeline.report.overview import Record
 GOOD = len(NAMES)
 COLORS = {"light": "rgb(78, 121, 167)", "dark": "rgb(120, 166, 216)"}
 """Of a point of the first group."""
+SPREAD = """each => {
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [each.naturalWidth, each.naturalHeight];
+  const context = canvas.getContext("2d", {willReadFrequently: true});
+  context.drawImage(each, 0, 0);
+  return [10, canvas.height - 10].map(row => {
+    const values = context.getImageData(0, row, canvas.width, 1).data.filter((_, place) => place % 4 < 3);
+    return Math.max(...values) - Math.min(...values);
+  });
+}"""
+"""How far the values of a picture's 10th row are apart, and those of its 10th row from below."""
 BAD_KEYS = ["<b>broken</b>", "\u202ebroken"]
 
 
@@ -131,6 +142,41 @@ def test_quarantine_by_kind_and_neighbours_in_order(browser: Browser, hostile: D
         row = shown_names.index(key)
         order = [other for other in np.argsort(-(unit @ unit[row]), kind="stable") if other != row]
         assert neighbours == [shown_names[other] for other in order]
+
+
+@pytest.mark.parametrize("form", ["tar", "parquet"])
+def test_what_is_in_quarantine_is_seen_where_there_is_anything_to_see(browser: Browser, tmp_path: Path, form: str) -> None:
+    images = crops(4, size=(160, 100))
+    cut = images[3][: len(images[3]) * 2 // 3]
+    names, bad = ["a", "b", "c", "cut", "none"], [cut, b"no picture"]
+    if form == "tar":
+        file = tmp_path / "a.tar"
+        file.write_bytes(tar_bytes({f"{name}.jpg": image for name, image in zip(names, [*images[:3], *bad], strict=True)}))
+        dataset = committed(settings(file, tmp_path / "out", source__label=None))
+        expected = ["cut"]
+    else:
+        file = tmp_path / "a.parquet"
+        table = pa.table({"image": [*images[:3], *bad, images[3]], "name": [*names, "b"]})
+        pq.write_table(table, file, compression="none")
+        columns = {"source__image": "image", "source__key": "name", "source__label": None}
+        dataset = committed(settings(file, tmp_path / "out", **columns))
+        expected = ["b", "cut"]
+    reports.write(dataset, None, str(tmp_path / "page.html"))
+    with shown(browser, tmp_path / "page.html") as seen:
+        examples = {each.locator("code").inner_text(): each.locator("img") for each in seen.page.locator(".example").all()}
+        assert sorted(key for key, picture in examples.items() if picture.count()) == expected
+        assert len(examples) == len(expected) + 1
+        sides = examples["cut"].evaluate("each => [each.naturalWidth, each.naturalHeight]")
+        assert sides == [pictures.SMALL_SIDE, 90]
+        # The upper part is the photograph, the lower one is what libjpeg fills in.
+        rows = examples["cut"].evaluate(SPREAD)
+        assert rows[0] > 20 > rows[1]
+        assert (seen.requests, seen.messages) == ([], [])
+    # Another image in its place is not shown as the one that failed.
+    file.write_bytes(file.read_bytes().replace(cut, images[2][: len(cut)].ljust(len(cut)), 1))
+    reports.write(dataset, None, str(tmp_path / "later.html"))
+    with shown(browser, tmp_path / "later.html") as seen:
+        assert seen.page.locator(".example img").count() == len(expected) - 1
 
 
 def test_no_more_pictures_than_a_page_may_have(hostile: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
