@@ -102,9 +102,9 @@ class RowGroup:
             StorageError: it cannot be read, or is damaged.
         """
         # Threads within a row group are of use to embeddings only: of all else a column takes 0.1 ms.
-        threads = any(name in self.partition.table.widths for name in columns)
+        is_large = not self.partition.table.widths.keys().isdisjoint(columns)
         with present(self.partition.table, self.partition.entry):
-            rows = self.partition.reader().read_row_group(self.number, columns=list(columns), use_threads=threads)
+            rows = self.partition.reader().read_row_group(self.number, columns=list(columns), use_threads=is_large)
             return rows.select(list(columns))
 
     def embeddings(self, column: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
