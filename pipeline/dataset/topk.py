@@ -30,9 +30,9 @@ from pipeline.errors import ConfigError
 Metric = Literal["cosine", "inner"]
 
 ARRAY_BYTES, FEW_ARRAY_BYTES = 8 << 20, 64 << 20
-"""Of an array so many rows at a time. For a matrix product: what its scores are looked at in while they are in the cores' caches
-(for 205 MB and 100 queries 110 ms, at 32 MiB 150). For few queries: fewer, and threads wait for each other in the Python between
-the products (for one query 11 ms, at 32 MiB 13)."""
+"""Of an array so many rows at a time. For a matrix product so few that its scores are still in the cores' caches when they are
+looked at (205 MB and 100 queries: 110 ms, at 32 MiB 150). For few queries so many that threads seldom wait for each other in
+the Python between the products (one query: 11 ms, at 32 MiB 13)."""
 PRODUCTS_BYTES = 4 << 20
 """A block is multiplied with so many queries at a time as this holds products of."""
 CANDIDATES_BYTES = 4 << 20
