@@ -5,8 +5,8 @@ PipelineError
 │   ├── ConfigError        a field of the config: names field, value and what is allowed
 │   ├── SourceError        the source is not there, is empty, or is not of the named format
 │   ├── BackboneError      no such model, weights or node
-│   └── DatasetError       no dataset there, or one that this version cannot read
-│       └── SourceChanged    the image that a row was made from is no longer there
+│   ├── DatasetError       no dataset there, or one that this version cannot read
+│   │   └── SourceChanged    the image that a row was made from is no longer there
 │   └── ClusterError       no Ray cluster there, or one that does not take the job
 ├── WorldError           what the world did: exit code 1
 │   ├── StorageError       the store refused or failed, after the retries that made sense

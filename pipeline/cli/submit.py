@@ -70,7 +70,7 @@ def submit(
     Credentials stay where they are: the nodes' role or environment has them. The cluster's token is taken from where Ray looks:
     RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, ~/.ray/auth_token.
 
-    Example: pipeline submit configs/photos.yaml --address http://127.0.0.1:8265
+    Example: pipeline submit config.yaml --address http://127.0.0.1:8265
     """
     with reporting(as_json) as report:
         settings = config.load(path, overrides or [])
