@@ -12,6 +12,8 @@ from pathlib import Path
 from playwright.sync_api import Browser, Page, sync_playwright
 
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+RIGHTMOST = "Math.max(0, ...[...document.querySelectorAll('.stacked td')].map(each => each.getBoundingClientRect().right))"
+"""Where the cells end of tables that nobody should have to scroll sideways."""
 
 
 @dataclass

@@ -89,8 +89,8 @@ def curves(
     axis = {"format": "~e"} if log else {}
     return _svg(
         rows,
-        width=480,
-        height=220,
+        width=360,
+        height=190,
         mark={"type": "line", "strokeWidth": 2},
         encoding={
             "x": {"field": "x", "type": "quantitative", "scale": across,

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from browser import SIZES, chromium
+from browser import RIGHTMOST, SIZES, chromium
 from commands import invoke, start
 from conftest import crops, settings
 from names import NAMES, SHOWN
@@ -168,6 +168,7 @@ def test_it_fits_the_window(browser: Browser, served: Served, size: str, scheme:
     for path in ("/", "/rows/3", "/quarantine"):
         page.goto(served.origin + path)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(RIGHTMOST) <= width
     context.close()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from browser import chromium, shown
+from browser import RIGHTMOST, chromium, shown
 from conftest import crops, settings, tar_bytes
 from datasets import write_dataset
 from names import NAMES, SHOWN
@@ -99,6 +99,7 @@ def test_it_fits_the_window_and_asks_for_nothing(browser: Browser, page: Path, s
     with shown(browser, page, size, scheme) as seen:
         width, overflow = seen.page.evaluate("[innerWidth, document.documentElement.scrollWidth]")
         assert overflow <= width
+        assert seen.page.evaluate(RIGHTMOST) <= width
         background, color = seen.page.evaluate(
             "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
         )
