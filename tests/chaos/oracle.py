@@ -80,8 +80,8 @@ def contents(dataset: Dataset) -> Contents:
         if table.num_rows:
             shard.embeddings += list(np.concatenate(columns, axis=1))
     for row in dataset.quarantine():
-        values = [value for name, value in dataclasses.asdict(row).items() if name != "shard"]
-        found[name_of(row.shard)].quarantine.append(tuple(values))
+        values = dataclasses.asdict(row) | {"shard": None, "url": row.url == row.shard}
+        found[name_of(row.shard)].quarantine.append(tuple(values.values()))
     return dict(found)
 
 
