@@ -5,7 +5,8 @@ out of their pages (`pages.py`), everything else is decoded by Arrow, local file
 is never used again, so none changes meanwhile). Of remote files just the columns that are asked for are fetched.
 
 Memory: `GROUPS_AHEAD` results of the work at a time, or `REMOTE_GROUPS_AHEAD`, of at most `partition.ROW_GROUP_BYTES` of
-embeddings each where the work keeps them all, as much again for what is fetched or decoded, and `FOOTERS_KEPT` footers.
+embeddings each where the work keeps them all, as much again for what is fetched or decoded, and `FOOTERS_KEPT` footers. Of runs
+of row groups what the work keeps.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ class Values:
 
     def __init__(self, group: RowGroup, column: str) -> None:
         self._group, self._column = group, column
-        self._width = group.partition.table.widths[column]
+        self.width = group.partition.table.widths[column]
         self._span: tuple[int, int] | None = None
         """Where its pages begin, and their bytes, if they may hold the plain numbers."""
         self._fetched: bytes | None = None
@@ -188,21 +189,21 @@ class Values:
 
     def whole(self, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """All rows (N, D) float32; in `out`, contiguous, where it is given."""
-        values_ND = np.empty((len(self), self._width), np.float32) if out is None else out
+        values_ND = np.empty((len(self), self.width), np.float32) if out is None else out
         for _ in self.blocks([values_ND]):
             pass
         return values_ND
 
     def take(self, rows_M: NDArray[np.int64]) -> NDArray[np.float32]:
         """Single rows (M, D) float32."""
-        found_MD = np.empty((len(rows_M), self._width), np.float32)
+        found_MD = np.empty((len(rows_M), self.width), np.float32)
         if not len(rows_M):
             return found_MD
         with self._opened() as plain:
             if plain is None:
                 return self._decoded()[rows_M]
             for place_D, row in zip(found_MD, rows_M.tolist(), strict=True):
-                plain.seek(row * self._width)
+                plain.seek(row * self.width)
                 plain.readinto(place_D)
         return found_MD
 
@@ -224,14 +225,14 @@ class Values:
             else:
                 file, start = io.BytesIO(self._fetched), 0
             if key not in partition.spans:
-                partition.spans[key] = plain_spans(file, start, num_bytes, len(self) * self._width)
+                partition.spans[key] = plain_spans(file, start, num_bytes, len(self) * self.width)
             spans = partition.spans[key]
             yield PlainNumbers(file, start, spans) if spans is not None else None
 
     def _decoded(self) -> NDArray[np.float32]:
         if self._decoded_ND is None:
             column = self._group.read([self._column]).column(self._column)
-            self._decoded_ND = list_values(column).reshape(len(self), self._width)
+            self._decoded_ND = list_values(column).reshape(len(self), self.width)
         return self._decoded_ND
 
 
@@ -245,8 +246,8 @@ class Groups:
         self._numbers = {entry.path: number for number, entry in enumerate(self.entries)}
         self._starts = [0, *itertools.accumulate(entry.num_rows for entry in self.entries)]
         self._kept: collections.OrderedDict[int, OpenPartition] = collections.OrderedDict()
-        is_local = table.store.local_path(table.url) is not None
-        self._limit = GROUPS_AHEAD if is_local else REMOTE_GROUPS_AHEAD
+        self.is_local = table.store.local_path(table.url) is not None
+        self._limit = GROUPS_AHEAD if self.is_local else REMOTE_GROUPS_AHEAD
 
     def map(self, work: Callable[[RowGroup], T], numbers: Sequence[int] | None = None, limit: int | None = None) -> Iterator[T]:
         """What `work` makes of every row group, in order; threads do it ahead of need.
@@ -257,11 +258,35 @@ class Groups:
             limit: results there are at a time, where they are small.
         """
         limit = limit or self._limit
-        pool = ThreadPoolExecutor(min(limit, FOOTERS_AHEAD), thread_name_prefix="row-groups")
+        return self._map(lambda run: work(run[0]), numbers, limit, min(limit, FOOTERS_AHEAD))
+
+    def map_runs(self, work: Callable[[Sequence[RowGroup]], T], max_rows: int, num_threads: int) -> Iterator[T]:
+        """What `work` makes of runs of consecutive row groups, in order; threads do it ahead of need.
+
+        For work that takes hardly longer than reading, and whose results are small: what a thread does between two of its runs
+        the others wait for.
+
+        Args:
+            work: as in `map`.
+            max_rows: of a run; a row group that has more is a run by itself.
+            num_threads: runs at the same time.
+        """
+        return self._map(work, None, num_threads + 1, num_threads, max_rows)
+
+    def _map(
+        self,
+        work: Callable[[Sequence[RowGroup]], T],
+        numbers: Sequence[int] | None,
+        limit: int,
+        num_threads: int,
+        max_rows: int = 0,
+    ) -> Iterator[T]:
+        pool = ThreadPoolExecutor(num_threads, thread_name_prefix="row-groups")
         try:
             chosen = range(len(self.entries)) if numbers is None else numbers
             opened = ahead(pool, self._open, chosen, FOOTERS_AHEAD)
-            yield from ahead(pool, work, (group for partition in opened for group in partition.groups()), limit)
+            groups = (group for partition in opened for group in partition.groups())
+            yield from ahead(pool, work, _runs(groups, max_rows), limit)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -289,6 +314,18 @@ class Groups:
             if metadata.num_rows != entry.num_rows:
                 raise StorageError(f"{url}: has {metadata.num_rows} rows, and {entry.num_rows} in the log")
         return OpenPartition(self._table, entry, start, metadata)
+
+
+def _runs(groups: Iterable[RowGroup], max_rows: int) -> Iterator[list[RowGroup]]:
+    """Consecutive row groups with at most so many rows together, or single ones."""
+    run: list[RowGroup] = []
+    for group in groups:
+        if run and group.start + group.num_rows - run[0].start > max_rows:
+            yield run
+            run = []
+        run.append(group)
+    if run:
+        yield run
 
 
 @contextlib.contextmanager

@@ -28,8 +28,9 @@ from pipeline.dataset.images import PLACE_COLUMNS as PLACE_COLUMNS
 from pipeline.dataset.images import read_image
 from pipeline.dataset.partition import Quarantined
 from pipeline.dataset.table import Entry, Table, missing
-from pipeline.dataset.topk import Candidates, Metric, TopK, cached_rows
+from pipeline.dataset.topk import FEW_ARRAY_BYTES, FEW_QUERIES, Candidates, Metric, TopK, cached_rows, shares
 from pipeline.errors import DatasetError, PipelineError, SourceChanged, nearest
+from pipeline.recipe import Recipe
 from pipeline.storage import FileStat, Store, join
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Neighbours:
     positions: NDArray[np.int64]
     """(K,) where the rows stand in `to_numpy()` and `table()`."""
     rows: pa.Table
-    """K rows: every column that is no embedding."""
+    """K rows: every column that is no embedding, or those that were asked for."""
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -261,6 +262,7 @@ class Dataset:
         node: str | None = None,
         metric: Metric = "cosine",
         where: pc.Expression | None = None,
+        columns: Sequence[str] | None = None,
     ) -> list[Neighbours]:
         """The k rows nearest to each vector: exact, in one pass over the embeddings; see `topk.py` for scores and ties.
 
@@ -271,6 +273,7 @@ class Dataset:
             metric: `cosine` or `inner`.
             where: only rows for which this is true, an expression over the columns that are no embeddings. Embeddings of a row
                 group without such a row are not read.
+            columns: of the rows that are found; all that are no embeddings when left out. None at all saves reading them.
 
         Returns:
             Neighbours of each vector, in the order of the vectors.
@@ -281,21 +284,31 @@ class Dataset:
         """
         name = self.node(node)
         best = TopK(np.asarray(vectors), k, metric, num_rows=len(self), width=self.nodes[name])
+        names = self._schema_of(self.columns if columns is None else columns).names
         chosen = Filter(where, self._schema_of(self.columns)) if where is not None else None
-
         scratch = threading.local()
 
-        def look(group: RowGroup) -> Candidates | None:
-            rows_M = chosen.positions(group.read(chosen.columns)) if chosen is not None else None
-            if rows_M is not None and not len(rows_M):
-                return None
-            return best.candidates(_Streamed(group.values(name), self.nodes[name], scratch), group.start, rows_M)
+        def look(run: Sequence[RowGroup]) -> Candidates:
+            return best.candidates(_Streamed([group.values(name) for group in run], scratch), run[0].start)
 
-        for found in self._groups.map(look):
+        def look_at_chosen(group: RowGroup, chosen: Filter) -> Candidates | None:
+            rows_M = chosen.positions(group.read(chosen.columns))
+            return best.candidates(_Streamed([group.values(name)], scratch), group.start, rows_M) if len(rows_M) else None
+
+        looked: Iterator[Candidates | None]
+        if chosen is not None:
+            looked = self._groups.map(functools.partial(look_at_chosen, chosen=chosen))
+        elif self._groups.is_local and not self._is_rounded and len(best.rows_QK) <= FEW_QUERIES:
+            # Row groups are nowhere in memory as a whole, so many can be under way.
+            num_threads, step = shares(len(self), self.nodes[name], FEW_ARRAY_BYTES)
+            looked = self._groups.map_runs(look, step, num_threads)
+        else:
+            looked = self._groups.map(lambda group: look([group]))
+        for found in looked:
             if found is not None:
                 best.merge(found)
         num_found = (best.rows_QK >= 0).sum(axis=1)
-        rows = self.take(best.rows_QK[best.rows_QK >= 0], self.columns)
+        rows = self.take(best.rows_QK[best.rows_QK >= 0] if names else [], names)
         starts = np.cumsum([0, *num_found])
         return [
             Neighbours(best.scores_QK[query, :num], best.rows_QK[query, :num], rows.slice(starts[query], num))
@@ -404,6 +417,10 @@ class Dataset:
             raise DatasetError(f"{self.url}: there is no embedding column {name!r}; it has {', '.join(self.nodes)}")
         return name
 
+    @property
+    def _is_rounded(self) -> bool:
+        return Recipe(fields=self.recipe, widths=self.nodes).rounded
+
     def _schema_of(self, columns: Sequence[str] | None) -> pa.Schema:
         """Fields of all columns, or of those named; without the widths, so that equal columns have equal fields."""
         for name in columns or []:
@@ -417,25 +434,35 @@ class Dataset:
 
 
 class _Streamed:
-    """Rows of a row group that are read when they are looked at. What a thread reads them into is used again."""
+    """Rows of row groups that are read when they are looked at. What a thread reads them into is used again."""
 
-    def __init__(self, values: Values, width: int, scratch: threading.local) -> None:
-        self._values, self._width, self._scratch = values, width, scratch
+    def __init__(self, values: Sequence[Values], scratch: threading.local) -> None:
+        self._values, self._scratch = values, scratch
+        self._starts = np.cumsum([0, *map(len, values)])
 
     def __len__(self) -> int:
-        return len(self._values)
+        return int(self._starts[-1])
 
     def parts(self) -> Iterator[NDArray[np.float32]]:
-        return self._values.blocks(itertools.repeat(self._memory(cached_rows(self._width))))
+        place_BD = self._memory(cached_rows(self._values[0].width))
+        return itertools.chain.from_iterable(values.blocks(itertools.repeat(place_BD)) for values in self._values)
 
     def take(self, rows_M: NDArray[np.int64], /) -> NDArray[np.float32]:
-        return self._values.take(rows_M)
+        found_MD = np.empty((len(rows_M), self._values[0].width), np.float32)
+        numbers_M = np.searchsorted(self._starts, rows_M, side="right") - 1
+        for number in np.unique(numbers_M).tolist():
+            is_here_M = numbers_M == number
+            found_MD[is_here_M] = self._values[number].take(rows_M[is_here_M] - self._starts[number])
+        return found_MD
 
     def whole(self) -> NDArray[np.float32]:
-        return self._values.whole(self._memory(len(self)))
+        rows_ND = self._memory(len(self))
+        for values, start in zip(self._values, self._starts.tolist(), strict=False):
+            values.whole(rows_ND[start : start + len(values)])
+        return rows_ND
 
     def _memory(self, num_rows: int) -> NDArray[np.float32]:
         rows_ND: NDArray[np.float32] | None = getattr(self._scratch, "rows_ND", None)
         if rows_ND is None or len(rows_ND) < num_rows:
-            rows_ND = self._scratch.rows_ND = np.empty((num_rows, self._width), np.float32)
+            rows_ND = self._scratch.rows_ND = np.empty((num_rows, self._values[0].width), np.float32)
         return rows_ND[:num_rows]

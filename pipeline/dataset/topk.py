@@ -70,10 +70,7 @@ def nearest_rows(
     """
     num_rows, width = embeddings_ND.shape
     best = TopK(queries_QD, k, metric, num_rows=num_rows, width=width)
-    num_threads = min(MAX_THREADS, os.cpu_count() or 1)
-    block_bytes = FEW_ARRAY_BYTES if len(queries_QD) <= FEW_QUERIES else ARRAY_BYTES
-    num_blocks = -(-num_rows * 4 * width // block_bytes)
-    step = max(1, -(-num_rows // max(1, -(-num_blocks // num_threads) * num_threads)))  # as many for each thread
+    num_threads, step = shares(num_rows, width, FEW_ARRAY_BYTES if len(queries_QD) <= FEW_QUERIES else ARRAY_BYTES)
 
     def look(start: int) -> Candidates:
         return best.candidates(np.asarray(embeddings_ND[start : start + step], np.float32), start)
@@ -82,6 +79,13 @@ def nearest_rows(
         for found in ahead(pool, look, range(0, num_rows, step), num_threads + 1):
             best.merge(found)
     return best.scores_QK, best.rows_QK
+
+
+def shares(num_rows: int, width: int, block_bytes: int) -> tuple[int, int]:
+    """How many threads to use, and how many rows to give one of them at a time so that each gets as many."""
+    num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+    num_blocks = -(-num_rows * 4 * width // block_bytes)
+    return num_threads, max(1, -(-num_rows // max(1, -(-num_blocks // num_threads) * num_threads)))
 
 
 class Rows(Protocol):

@@ -11,7 +11,7 @@ from datasets import write_dataset
 
 from pipeline.dataset.groups import RowGroup
 from pipeline.dataset.read import Dataset
-from pipeline.dataset.topk import nearest_rows
+from pipeline.dataset.topk import TopK, nearest_rows
 from pipeline.errors import ConfigError, DatasetError
 
 RANDOM = np.random.default_rng(0)
@@ -49,6 +49,48 @@ def test_the_nearest_rows_are_those_of_the_array(dataset: Dataset, metric: str) 
         assert each.rows.schema.names == [
             "key", "label", "author", "shard", "index", "url", "offset", "nbytes", "content_hash", "width", "height",
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("run_rows", "runs"),
+    [
+        (1, [*[64] * 6, 16, 50, *[64] * 8, 38]),
+        (100, [*[64] * 5, 80, 50, *[64] * 8, 38]),
+        (500, [450, 448, 102]),
+        (1000, [1000]),
+    ],
+)
+def test_however_many_row_groups_a_thread_takes_at_a_time(
+    dataset: Dataset, run_rows: int, runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("pipeline.dataset.read.FEW_ARRAY_BYTES", run_rows * 48 * 4)
+    taken: list[int] = []
+    candidates = TopK.candidates
+    monkeypatch.setattr(
+        TopK, "candidates", lambda self, rows, *other: taken.append(len(rows)) or candidates(self, rows, *other)
+    )
+    scores, rows = nearest_rows(ROWS_ND, QUERIES_QD, 6)
+    from_memory = len(taken)
+    found = dataset.search(QUERIES_QD, 6)
+    assert [each.positions.tolist() for each in found] == rows.tolist()
+    assert [each.scores.tolist() for each in found] == scores.tolist()
+    assert taken[from_memory:] == runs
+
+
+def test_columns_that_nobody_wants_are_not_read(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = dataset.search(QUERIES_QD, 6)
+    for each, whole in zip(dataset.search(QUERIES_QD, 6, columns=["author", "key"]), wanted, strict=True):
+        assert each.rows.equals(whole.rows.select(["author", "key"]))
+    read: list[int] = []
+    monkeypatch.setattr(RowGroup, "read", lambda self, columns: read.append(self.start))
+    for each, whole in zip(dataset.search(QUERIES_QD, 6, columns=()), wanted, strict=True):
+        assert np.array_equal(each.positions, whole.positions)
+        assert np.array_equal(each.scores, whole.scores)
+        assert each.rows.num_columns == 0
+    with pytest.raises(DatasetError, match="no column 'autor'; did you mean author"):
+        dataset.search(QUERIES_QD, columns=["autor"])
+    assert not read
 
 
 def test_one_of_several_columns(dataset: Dataset) -> None:
