@@ -288,12 +288,12 @@ class Dataset:
         chosen = Filter(where, self._schema_of(self.columns)) if where is not None else None
         scratch = threading.local()
 
-        def look(run: Sequence[RowGroup]) -> Candidates:
-            return best.candidates(_Streamed([group.values(name) for group in run], scratch), run[0].start)
+        def look(run: Sequence[RowGroup], rows_M: NDArray[np.int64] | None = None) -> Candidates:
+            return best.candidates(_Streamed([group.values(name) for group in run], scratch), run[0].start, rows_M)
 
         def look_at_chosen(group: RowGroup, chosen: Filter) -> Candidates | None:
             rows_M = chosen.positions(group.read(chosen.columns))
-            return best.candidates(_Streamed([group.values(name)], scratch), group.start, rows_M) if len(rows_M) else None
+            return look([group], rows_M) if len(rows_M) else None
 
         looked: Iterator[Candidates | None]
         if chosen is not None:
