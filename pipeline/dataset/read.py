@@ -30,7 +30,6 @@ from pipeline.dataset.partition import Quarantined
 from pipeline.dataset.table import Entry, Table, missing
 from pipeline.dataset.topk import FEW_ARRAY_BYTES, FEW_QUERIES, Candidates, Metric, TopK, cached_rows, shares
 from pipeline.errors import DatasetError, PipelineError, SourceChanged, nearest
-from pipeline.recipe import Recipe
 from pipeline.storage import FileStat, Store, join
 
 if TYPE_CHECKING:
@@ -298,7 +297,7 @@ class Dataset:
         looked: Iterator[Candidates | None]
         if chosen is not None:
             looked = self._groups.map(functools.partial(look_at_chosen, chosen=chosen))
-        elif self._groups.is_local and not self._is_rounded and len(best.rows_QK) <= FEW_QUERIES:
+        elif self._groups.is_local and not self.table_.recipe.rounded and len(best.rows_QK) <= FEW_QUERIES:
             # Row groups are nowhere in memory as a whole, so many can be under way.
             num_threads, step = shares(len(self), self.nodes[name], FEW_ARRAY_BYTES)
             looked = self._groups.map_runs(look, step, num_threads)
@@ -416,10 +415,6 @@ class Dataset:
         if name not in self.nodes:
             raise DatasetError(f"{self.url}: there is no embedding column {name!r}; it has {', '.join(self.nodes)}")
         return name
-
-    @property
-    def _is_rounded(self) -> bool:
-        return Recipe(fields=self.recipe, widths=self.nodes).rounded
 
     def _schema_of(self, columns: Sequence[str] | None) -> pa.Schema:
         """Fields of all columns, or of those named; without the widths, so that equal columns have equal fields."""

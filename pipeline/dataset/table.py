@@ -116,6 +116,11 @@ class Table:
         return pa.schema([field for field in fields if field.name not in PARTITION_COLUMNS])
 
     @cached_property
+    def recipe(self) -> Recipe:
+        """What the embeddings of this version were made by."""
+        return Recipe(fields=self.recipe_fields, widths=self.widths)
+
+    @cached_property
     def recipe_fields(self) -> dict[str, Any]:
         """The recipe of this version."""
         return self._metadata("_recipe")

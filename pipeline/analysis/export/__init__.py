@@ -33,7 +33,7 @@ from pipeline.analysis.export.destination import (
 from pipeline.dataset.partition import parquet_writer, rows_per_group
 from pipeline.dataset.read import Dataset
 from pipeline.errors import ConfigError, GuardError
-from pipeline.recipe import Recipe, canonical
+from pipeline.recipe import canonical
 from pipeline.storage import join
 
 KEY_COLUMNS = ("key", "label", "shard")
@@ -159,7 +159,7 @@ def to_parquet(
         DatasetError: no such embedding column.
         StorageError: the store refused, or there is no room to sort.
     """
-    recipe = Recipe(fields=dataset.recipe, widths=dataset.nodes)
+    recipe = dataset.table_.recipe
     group = rows_per_group(recipe) if row_group_rows is None else row_group_rows
     for option, value in (("row-group-rows", group), ("file-bytes", file_bytes)):
         if value < 1:

@@ -32,7 +32,7 @@ from pipeline.dataset.partition import DATA_FOLDER, Partition
 from pipeline.dataset.read import Dataset
 from pipeline.dataset.table import Entry
 from pipeline.errors import StorageError, StorageRefused, WorldError
-from pipeline.recipe import Layout, Recipe, differences
+from pipeline.recipe import Layout, differences
 from pipeline.storage import FileStat, join
 
 __all__ = ["Finding", "Report", "verify"]
@@ -80,7 +80,7 @@ def verify(
         num_rows=len(dataset),
         num_bytes=num_bytes,
         deep=num_bytes <= DEEP_BYTES if deep is None else deep,
-        tolerance=Recipe(fields=dataset.recipe, widths=dataset.nodes).tolerance,
+        tolerance=dataset.table_.recipe.tolerance,
     )
     checked = _check_all(dataset, report.deep, note)
     report.findings += [finding for each in checked for finding in each.findings]
@@ -136,7 +136,7 @@ class _Check:
     def __init__(self, dataset: Dataset, deep: bool) -> None:
         self._dataset, self._deep = dataset, deep
         self._store, self._layout = dataset.table_.store, dataset.table_.layout_fields
-        self._recipe = Recipe(fields=dataset.recipe, widths=dataset.nodes)
+        self._recipe = dataset.table_.recipe
         self._layout_id = Layout(fields=self._layout).layout_id
 
     def __call__(self, entry: Entry, file: FileStat | None) -> _Checked:
